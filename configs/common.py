@@ -1,0 +1,145 @@
+"""Every leaf that all methods share, with its default: the vocabulary of a run.
+
+A config file is pure data: it starts from `base()` and overrides. Values are the released
+UniMiSS+ recipe where one exists; whatever else is "chosen by us".
+"""
+import difflib
+
+from ml_collections import ConfigDict
+
+
+def base() -> ConfigDict:
+  """All shared leaves. Tuples keep their length; 0 or '' means "off" where a leaf says so."""
+  c = ConfigDict()
+  c.method = ''                   # module of unimiss_jax.methods, set by the method's config file
+  c.preset = ''                   # recorded for the reader of config.json
+  c.seed = 0
+  c.steps = 0                     # exactly one of steps and epochs is non-zero
+  c.epochs = 0                    # an epoch = records of the CT stream // batch.ct
+  c.phases = ConfigDict(dict(
+      unit='epoch',               # epoch | step: alternate; joint: both streams in every step
+      ct=1, xray=1,               # units of each before the other one's turn; 0 = never
+  ))
+  c.batch = ConfigDict(dict(ct=96, xray=96))      # global: over all devices and hosts
+  c.data = ConfigDict(dict(
+      ct='',                      # folder or glob(s), comma separated; '' = phantoms
+      xray='',                    # likewise
+      modality='ct',              # ct: values must be HU (needed by DRR)
+      phantom_records=768,        # phantoms per stream, where data.ct or data.xray is ''
+      workers=0,                  # data processes beside the trainer; 0 = threads only
+      on_bad_file='skip',         # skip: one line and go on; stop: one line and exit 1
+  ))
+  c.views = ConfigDict(dict(
+      ct=dict(
+          size=(16, 96, 96),
+          extent='output',        # the crop factor multiplies: output = size (depth stays whole slices) | record = the record's shape
+          precrop=(1.4, 1.8),     # extent=output: both views come from one block of size * U; (0, 0) = off
+          scale=(0.8, 1.2),       # crop factor per axis (extent=output: in-plane only)
+          resize='linear',        # linear (half-pixel, no antialias) | area (exact box mean)
+          pad_hu=-1024,           # fill of volumes that are too small; 0 (= water) in the released code
+          flip_p=0.8,             # per axis D, H, W
+          aug_unit='slice',       # slice | volume: what shares one intensity draw
+          gamma_stats='fixed',    # fixed | bg0197: order in which gamma restores mean and std
+          noise_std=(0., 0.1),    # in units of HU/1024, as all of this group
+          blur_sigma=(0.1, 2.0),  # pixels, in-plane
+          blur_p=(0.8, 0.8),      # a pair is always (view 0, view 1)
+          blur_unit_p=(0.8, 0.5),  # given that the sample is blurred: per slice
+          mul=(0.75, 1.25),
+          mul_p=(0.8, 1.0),
+          add_std=0.4,
+          add_p=(0.8, 0.5),
+          add_unit_p=(0.8, 0.8),
+          contrast=(0.75, 1.25),  # with probability 1/2 from [lo, 1], else from [1, hi]
+          contrast_p=(1.0, 1.0),
+          gamma=(0.7, 1.5),       # likewise
+          gamma_p=(0.8, 1.0),
+      ),
+      xray=image_views(scale=(0.14, 1.0)),
+      drr=image_views(scale=(0.3, 1.0)),
+  ))
+  c.drr = ConfigDict(dict(
+      view='axial',               # axial | ap | pa | lateral
+      scope='subvolume',          # subvolume = the 24-slice tile | volume = the whole scan
+      kind='box',                 # box | linear
+      mu='water',                 # water | bone_soft | minmax
+      image='line',               # line | transmission | minmax
+      p_ref=0.,                   # line integral shown as white; 0 = a length of water that fits the view
+      sdd_mm=2000., sod_mm=1800.,
+      source_jitter_mm=0.,        # uniform, per axis, parallel to the detector
+      paired_window=False,        # the DRR shows the window of its CT crop, with its flips
+      quantize=False,             # 8-bit, as the released PNG files
+  ))
+  c.model = ConfigDict(dict(
+      name='mit_plus',
+      embed_dims=(32, 64, 128, 256, 320, 320), depths=(1, 2, 4, 2), num_heads=(1, 2, 4, 8),
+      mlp_ratio=4, sr_ratios=(8, 4, 2, 1),
+      decoder_dims=(320, 256, 128, 64, 32), decoder_depths=(1, 1, 1), decoder_heads=(4, 2, 1),
+      decoder_sr_ratios=(2, 4, 8),
+      image_size=96, volume_size=(16, 96, 96),    # what the position embeddings are made for
+      pos_interp='grid', cls_token=True,
+      encoder_drop_path=0., decoder_drop_path=0.1,
+      conv_residual=False, last_stride=2, final_norm=False, init='released',
+      dtype='float32',            # of the activations; parameters, norms and losses stay float32
+  ))
+  c.head = ConfigDict(dict(out_dim=65536, hidden_dim=2048, bottleneck_dim=256,
+                           batch_standardize=False))   # projections for InfoNCE: zero mean, unit std over the batch
+  c.ema = ConfigDict(dict(momentum=0.996, momentum_end=1.0))
+  c.optim = ConfigDict(dict(
+      name='adamw',
+      lr=8e-4, lr_reference_batch=256,   # effective lr = lr * batch.ct / lr_reference_batch; 0 = lr as it is
+      min_lr=1e-6, warmup_epochs=10.,    # of an epoch as defined above; may be a fraction
+      weight_decay=0.04, weight_decay_end=0.4,
+      clip=0., clip_mode='global',       # global | per_tensor; 0 = off
+      freeze_last_layer=2.,              # epochs
+      freeze_3d='mask',                  # in X-ray phases: mask = skipped | none
+      accum=1,                           # micro-batches per step
+      max_skipped=10,                    # non-finite steps in a row before the run stops
+  ))
+  c.mesh = ConfigDict(dict(data=-1, fsdp=1))           # -1 fills with what is left
+  c.checkpoint = ConfigDict(dict(every=1000, keep=3))  # steps
+  c.eval = ConfigDict(dict(
+      every=0,                    # steps; 0 = at the start and the end only
+      tasks=('knn', 'retrieval'),
+      records=500, fit=300,       # phantoms in all; those that kNN may learn from, the rest is the test
+      knn='',                     # a labelled manifest.jsonl; '' = phantom findings
+  ))
+  c.log = ConfigDict(dict(every=50, images_every=0, tensorboard=True, watchdog_min=30.))
+  return c
+
+
+def image_views(scale) -> dict:
+  """Augmentation of a 2D view; `scale` = crop area as a share of the image."""
+  return dict(
+      size=96, scale=scale, ratio=(3 / 4, 4 / 3), flip_p=0.5,
+      resize='bicubic',           # bicubic (antialiased, as PIL) | area; unused by DRR: there the crop is geometry
+      jitter_p=0.8, brightness=0.4, contrast=0.4,   # factors 1 +- x, in random order
+      gamma=(1.0, 1.0), gamma_p=(0.0, 0.0),
+      noise_std=(0., 0.),
+      blur_sigma=(0.1, 2.0), blur_p=(0.5, 1.0),     # (view 0, view 1)
+  )
+
+
+def parse_arg(arg: str | None, presets, **allowed) -> tuple[str, dict]:
+  """'plain,drr=off' -> ('plain', {'drr': 'off'}); the preset may be left out (then the first one).
+
+  Args:
+    arg: text behind the ':' of --config=FILE:ARG.
+    presets: names in order; the first is the default.
+    **allowed: key -> default (str, int or float); the value takes its type.
+
+  Raises:
+    ValueError: unknown preset or key, with the nearest known one.
+  """
+  preset, values = presets[0], dict(allowed)
+  for i, part in enumerate(p.strip() for p in (arg or '').split(',') if p.strip()):
+    key, sep, value = part.partition('=')
+    known = presets if not sep else list(allowed)
+    if key not in known or (not sep and i):
+      near = difflib.get_close_matches(key, known, 1)
+      hint = f'; did you mean "{near[0]}"?' if near else ''
+      raise ValueError(f'config argument "{part}" unknown{hint} (known: {", ".join(known) or "none"})')
+    if sep:
+      values[key] = type(allowed[key])(value)
+    else:
+      preset = key
+  return preset, values

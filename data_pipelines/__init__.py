@@ -1,0 +1,1 @@
+"""From files to batches: readers, phantoms, record sources, elastic streams (numpy only)."""

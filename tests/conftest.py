@@ -1,0 +1,27 @@
+"""Shared by all tests: 8 virtual CPU devices, the compilation cache, the folders of fixtures and real data."""
+import os
+import pathlib
+
+os.environ.setdefault('JAX_PLATFORMS', 'cpu')
+os.environ.setdefault('XLA_FLAGS', '--xla_force_host_platform_device_count=8')
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+os.environ.setdefault('JAX_COMPILATION_CACHE_DIR', str(ROOT / '.cache' / 'xla'))
+os.environ.setdefault('JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS', '0')
+os.environ.setdefault('JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES', '-1')
+
+import pytest  # noqa: E402
+
+
+@pytest.fixture(scope='session')
+def fixtures() -> pathlib.Path:
+  """Synthetic reference arrays shipped with the tests."""
+  return ROOT / 'tests' / 'fixtures'
+
+
+@pytest.fixture(scope='session')
+def shared() -> pathlib.Path:
+  """The folder with real images and large fixtures ($UNIMISS_SHARED, else ../shared); skips where it is absent."""
+  path = pathlib.Path(os.environ.get('UNIMISS_SHARED', ROOT.parent / 'shared'))
+  if not (path / 'data').is_dir():
+    pytest.skip(f'no shared data at {path}: set UNIMISS_SHARED to run this test')
+  return path

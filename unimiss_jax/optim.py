@@ -1,0 +1,120 @@
+"""AdamW with one state and one step counter per parameter group, and the schedules.
+
+A group is trained (TRAIN), left wholly alone (SKIP: tensors, moments and counter) or run on zero
+gradients (ZERO: moments fade, stale momentum and decay still move the weights; SKIP while the
+counter is 0). Freezing, last-layer freezing and the drift of the released code are thus one
+mechanism. The update is that of AdamW (Loshchilov and Hutter 2019): decay is decoupled and
+multiplied by the learning rate.
+"""
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+SKIP, ZERO, TRAIN = 0, 1, 2
+
+
+def cosine_schedule(base, final, total_steps, warmup_steps, start=0.) -> Callable:
+  """Linear warm-up that includes both its ends, then a cosine that stops one step short of `final`.
+
+  Args:
+    base: value at the end of the warm-up.
+    final: value the cosine runs towards; steps >= total_steps give it.
+    total_steps, warmup_steps: the cosine lasts total_steps - warmup_steps.
+    start: value of step 0 if there is a warm-up.
+
+  Returns:
+    f(step): float64 for Python and numpy steps, float32 for traced ones (DINO, Caron et al. 2021).
+  """
+  warm = int(warmup_steps)
+  rest = max(int(total_steps) - warm, 1)
+
+  def schedule(step):
+    if isinstance(step, jax.Array):
+      xp, step = jnp, step.astype(jnp.float32)
+    else:
+      xp, step = np, np.asarray(step, np.float64)
+    rise = start + (base - start) * step / max(warm - 1, 1)
+    part = xp.clip((step - warm) / rest, 0., 1.)
+    fall = final + 0.5 * (base - final) * (1 + xp.cos(np.pi * part))
+    return xp.where(step < warm, rise, fall)
+  return schedule
+
+
+def leaf_name(path) -> str:
+  """Key path of jax.tree_util -> 'backbone/transformer/.../kernel'."""
+  return '/'.join(str(getattr(k, 'key', getattr(k, 'name', getattr(k, 'idx', k)))) for k in path)
+
+
+def named_leaves(tree) -> dict[str, jax.Array]:
+  return {leaf_name(path): x for path, x in jax.tree_util.tree_flatten_with_path(tree)[0]}
+
+
+def decays(name: str, x) -> bool:
+  """Biases and one-dimensional tensors do not decay, everything else does (released code)."""
+  return x.ndim > 1 and not name.endswith('bias')
+
+
+class Optimiser(NamedTuple):
+  init: Callable     # params -> opt_state = {group: optax state over {name: tensor}}
+  update: Callable   # (grads, opt_state, params, modes, lr, wd) -> (params, opt_state, norms)
+
+
+def adamw(group_of: Callable[[str], str], *, clip: float = 0., clip_mode: str = 'global',
+          b1=0.9, b2=0.999, eps=1e-8) -> Optimiser:
+  """AdamW per group.
+
+  Args:
+    group_of: parameter name -> group; the group 'fixed' is never trained and has no state.
+    clip: largest gradient norm, before the moments; 0 = off.
+    clip_mode: 'global' = one norm over all groups that train; 'per_tensor'.
+
+  `update` takes modes {group: SKIP | ZERO | TRAIN} (traceable), lr and wd scalars, and returns
+  also {group: gradient norm before clipping}.
+  """
+  adam = optax.scale_by_adam(b1=b1, b2=b2, eps=eps)
+
+  def split(tree) -> dict[str, dict[str, Any]]:
+    out: dict[str, dict[str, Any]] = {}
+    for name, x in named_leaves(tree).items():
+      out.setdefault(group_of(name), {})[name] = x
+    out.pop('fixed', None)
+    return out
+
+  def init(params):
+    return {group: adam.init(tensors) for group, tensors in split(params).items()}
+
+  def update(grads, opt_state, params, modes, lr, wd):
+    groups, tensors = split(grads), split(params)
+    norms = {g: optax.global_norm(t) for g, t in groups.items()}
+    groups = {g: _clipped(t, clip, clip_mode, _norm_of_training(norms, modes)) for g, t in groups.items()}
+    new_params, new_state = {}, {}
+    for g, old in opt_state.items():
+      mode = jnp.asarray(modes[g])
+      active = (mode == TRAIN) | ((mode == ZERO) & (old.count > 0))
+      given = {n: jnp.where(mode == TRAIN, x, jnp.zeros_like(x)) for n, x in groups[g].items()}
+      direction, state = adam.update(given, old)
+      for n, p in tensors[g].items():
+        step = lr * (direction[n] + (wd * p if decays(n, p) else 0.))
+        new_params[n] = jnp.where(active, p - step.astype(p.dtype), p)
+      new_state[g] = jax.tree.map(lambda new, was, on=active: jnp.where(on, new, was), state, old)
+    merged = jax.tree_util.tree_map_with_path(lambda path, p: new_params.get(leaf_name(path), p), params)
+    return merged, new_state, norms
+
+  return Optimiser(init, update)
+
+
+def _norm_of_training(norms, modes):
+  return jnp.sqrt(sum(jnp.where(jnp.asarray(modes[g]) == TRAIN, n ** 2, 0.) for g, n in norms.items()))
+
+
+def _clipped(tensors, clip, clip_mode, norm):
+  """Scaled so that the norm (of all that trains, or of each tensor) is at most `clip`."""
+  if not clip:
+    return tensors
+  if clip_mode == 'per_tensor':
+    return {n: x * jnp.minimum(1., clip / (jnp.linalg.norm(x.ravel()) + 1e-6)) for n, x in tensors.items()}
+  return {n: x * jnp.minimum(1., clip / (norm + 1e-6)) for n, x in tensors.items()}

@@ -1,0 +1,71 @@
+"""Who holds what: one mesh ('data', 'fsdp'), rules from parameter names to PartitionSpecs.
+
+The batch is split over both axes, large tensors over 'fsdp', everything else is replicated.
+Axes are Auto: the compiler places the collectives.
+"""
+import re
+
+import jax
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from unimiss_jax.optim import leaf_name
+
+AXES = ('data', 'fsdp')
+SMALL = 2 ** 16     # numbers; below this a tensor is not worth splitting (chosen by us)
+
+
+def make_mesh(data: int, fsdp: int, devices=None) -> jax.sharding.Mesh:
+  """Mesh of data x fsdp devices; -1 (one of the two) fills with what is left."""
+  devices = jax.devices() if devices is None else devices
+  n, sizes = len(devices), [data, fsdp]
+  known = max(data, 1) * max(fsdp, 1) if -1 in sizes else data * fsdp
+  if sizes.count(-1) > 1 or 0 in sizes or min(sizes) < -1 or n % known or (-1 not in sizes and known != n):
+    raise ValueError(f'mesh.data={data}, mesh.fsdp={fsdp} does not fit {n} devices: '
+                     f'their product must be {n}; use -1 for one of them to fill')
+  sizes = [n // known if s == -1 else s for s in sizes]
+  return jax.make_mesh(tuple(sizes), AXES, axis_types=(AxisType.Auto,) * 2, devices=devices)
+
+
+def fsdp(x, mesh) -> P:
+  """The largest dimension that the 'fsdp' axis divides."""
+  n = mesh.shape['fsdp']
+  if n > 1 and x.size >= SMALL:
+    for d in sorted(range(x.ndim), key=lambda d: -x.shape[d]):
+      if x.shape[d] % n == 0:
+        return P(*('fsdp' if i == d else None for i in range(x.ndim)))
+  return P()
+
+
+RULES = (                                   # first match wins; moments and teacher end like their parameter
+    (r'(^|/)(step|count|skipped)$', P()),
+    (r'(^|/)(scale|bias|weight_g)$', P()),
+    (r'(^|/)(kernel|weight_v)$', fsdp),
+    (r'(pos_embed|PosEmbed|cls_tokens)', fsdp),
+    (r'(^|/)center$', P()),
+)
+
+
+def shardings(tree, mesh, rules=RULES):
+  """NamedSharding of every leaf; raises ValueError on a leaf that no rule names."""
+  def one(path, x):
+    name = leaf_name(path)
+    for pattern, rule in rules:
+      if re.search(pattern, name):
+        return NamedSharding(mesh, rule(x, mesh) if callable(rule) else rule)
+    raise ValueError(f'no sharding rule matches {name} {x.shape}: add one to unimiss_jax/sharding.py')
+  return jax.tree_util.tree_map_with_path(one, tree)
+
+
+def batch_sharding(mesh) -> NamedSharding:
+  return NamedSharding(mesh, P(AXES))
+
+
+def replicated(mesh) -> NamedSharding:
+  return NamedSharding(mesh, P())
+
+
+def to_devices(batch, mesh):
+  """This process's rows of a numpy batch -> global arrays, rows split over all devices."""
+  sharding = batch_sharding(mesh)
+  return jax.tree.map(lambda a: jax.make_array_from_process_local_data(sharding, a), batch)
