@@ -1,0 +1,92 @@
+"""Samples that training never sees, as un-augmented centre views: phantoms with findings, or a labelled manifest.
+
+Also the few records that the picture sheets show.
+"""
+from typing import NamedTuple
+
+import numpy as np
+
+from data_pipelines import draw, images, manifest, phantom, sample, sources
+from data_pipelines.errors import DataError
+
+
+class EvalSet(NamedTuple):
+  views: dict      # {'ct': [N, 1, D, H, W, 1], 'drr': [N, 1, h, w, 3], 'xray': [M, 1, h, w, 3]} float32
+  labels: dict     # {'ct': {name: [N] 0/1}, 'xray': {name: [M] 0/1}}
+  fit: dict        # {'ct': [N] bool, 'xray': [M] bool}: what kNN may learn from
+  paired: bool     # row i of all three is one patient
+  name: str
+
+
+def build(config) -> EvalSet:
+  """From config.eval: phantoms of the development range, or the manifest that eval.knn names."""
+  return _from_manifest(config) if config.eval.knn else _phantoms(config)
+
+
+def centre_ct(record, config) -> dict:
+  whole = record.get('whole')
+  extra = () if whole is None else (whole.shape, record['whole_spacing_mm'])
+  return sample.ct_sample(record, draw.ct_centre(config, record['volume'].shape, record['spacing_mm'], *extra), config)
+
+
+def centre_xray(record, config) -> dict:
+  return sample.xray_sample(record, draw.xray_centre(config, record['image'].shape), config)
+
+
+def _phantoms(config) -> EvalSet:
+  n = config.eval.records
+  cts = sources.PhantomCT(config.seed, n, part='development')
+  rays = sources.PhantomXray(config.seed, n, part='development')
+  rows, labels = [], {name: np.zeros(n, int) for name in phantom.FINDINGS}
+  for i in range(n):
+    rows.append(centre_ct(cts[i], config) | centre_xray(rays[i], config))
+    for name, value in cts.labels(i).items():
+      labels[name][i] = value
+  fit = np.arange(n) < config.eval.fit
+  return EvalSet(_stack(rows), {'ct': labels, 'xray': labels}, {'ct': fit, 'xray': fit}, True, 'phantoms')
+
+
+def _from_manifest(config) -> EvalSet:
+  rows = manifest.read(config.eval.knn)
+  views, labels, fit = {}, {}, {}
+  for kind, name in (('volume', 'ct'), ('image', 'xray')):
+    part = [r for r in rows if r['kind'] == kind]
+    if not part:
+      continue
+    made = [centre_ct(sources.one_ct(r['path'], config), config) if kind == 'volume'
+            else centre_xray({'image': images.read(r['path']).array}, config) for r in part]
+    views |= _stack(made)
+    labels[name] = {k: np.array([r['label'].get(k, 0) for r in part]) for k in sorted({k for r in part for k in r['label']})}
+    fit[name] = np.array([r['split'] == 'train' for r in part])
+    if fit[name].all() or not fit[name].any():
+      raise DataError('SPLIT_EMPTY', config.eval.knn, f'{kind}s: {int(fit[name].sum())} of {len(part)} rows are '
+                      'split "train", the rest is the test part', 'give both splits rows')
+  return EvalSet(views, labels, fit, False, config.eval.knn)
+
+
+def preview(config, streams, n: int = 4) -> dict:
+  """First records of each stream for the picture sheets.
+
+  Returns:
+    {stream: {'name': [str], 'centre': {field: [n, 1, ...]}, 'views': {field: [n, 2, ...]}}}
+  """
+  out = {}
+  for name, stream in streams.items():
+    records = [stream.source[i] for i in range(min(n, stream.records))]
+    centre = [centre_ct(r, config) if name == 'ct' else centre_xray(r, config) for r in records]
+    views = [drawn(name, r, config, np.random.default_rng([config.seed, i])) for i, r in enumerate(records)]
+    out[name] = {'name': [r['name'] for r in records], 'centre': _stack(centre), 'views': _stack(views)}
+  return out
+
+
+def drawn(name, record, config, rng) -> dict:
+  """Two random views of a record, as a stream makes them."""
+  if name == 'xray':
+    return sample.xray_sample(record, draw.xray_pair(rng, config, record['image'].shape), config)
+  whole = record.get('whole')
+  extra = () if whole is None else (whole.shape, record['whole_spacing_mm'])
+  return sample.ct_sample(record, draw.ct_pair(rng, config, record['volume'].shape, record['spacing_mm'], *extra), config)
+
+
+def _stack(rows) -> dict:
+  return {k: np.stack([r[k] for r in rows]) for k in rows[0]}

@@ -1,0 +1,46 @@
+"""The evaluations that accompany a run: kNN on labels and retrieval of a CT by its DRR or X-ray.
+
+All on un-augmented centre views of samples that training never sees; raw down-sampled pixels are
+the control that a feature has to beat.
+"""
+import numpy as np
+
+from unimiss_jax.evals.knn import knn_auc
+from unimiss_jax.evals.retrieval import recall
+
+
+def run(features: dict, evalset, tasks) -> dict[str, float]:
+  """{'ct' | 'drr' | 'xray': [N, E]} -> {'eval/...': value}; the set says what can be computed."""
+  out = {}
+  for name in ('ct', 'xray'):
+    if 'knn' in tasks and name in features and evalset.labels.get(name):
+      values = knn_auc(features[name], evalset.labels[name], evalset.fit[name])
+      out[f'eval/knn_auc_{name}'] = float(np.nanmean(list(values.values())))
+      out |= {f'eval/knn_auc_{name}/{finding}': v for finding, v in values.items()}
+  if 'retrieval' in tasks and 'ct' in features:
+    for query in ('drr', 'xray'):
+      if query in features and (query == 'drr' or evalset.paired):
+        test = ~evalset.fit['ct']
+        out[f'eval/{query}_to_ct_r10'] = recall(features[query][test], features['ct'][test], 10)
+  return out
+
+
+def raw_pixels(evalset) -> dict:
+  """Down-sampled pixels as features: CT 8x8x8, images 16x16."""
+  return {name: pooled(x[:, 0, ..., 0], (8, 8, 8) if name == 'ct' else (16, 16))
+          for name, x in evalset.views.items()}
+
+
+def pooled(x, shape):
+  """[N, ...] -> [N, prod(shape)] by means over nearly equal blocks."""
+  for axis, n in enumerate(shape, 1):
+    edges = np.linspace(0, x.shape[axis], n + 1).astype(int)
+    counts = np.diff(edges).reshape([-1 if a == axis else 1 for a in range(x.ndim)])
+    x = np.add.reduceat(x, edges[:-1], axis) / counts
+  return x.reshape(len(x), -1)
+
+
+def control(evalset, tasks) -> dict[str, float]:
+  """The same scores from raw pixels, as 'eval/raw_...'; across modalities pixels cannot be compared."""
+  values = run(raw_pixels(evalset), evalset, [t for t in tasks if t == 'knn'])
+  return {k.replace('eval/', 'eval/raw_', 1): v for k, v in values.items()}

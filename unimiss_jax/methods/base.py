@@ -1,0 +1,39 @@
+"""The seam between the train loop and a method: a method is a value made of pure functions."""
+import importlib
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+
+class Aux(NamedTuple):
+  """What a loss hands out beside its value."""
+  mean: Any        # averaged over micro-batches: what a centre needs
+  rows: Any        # sample axis first, put back in batch order: what a bank or queue needs
+  metrics: dict    # {metric name: scalar}
+
+
+class Phase(NamedTuple):
+  """One kind of step."""
+  streams: Mapping[str, int]     # stream name -> global batch of one step
+  loss: Callable                 # (params, extra, batch, key, step) -> (loss, Aux)
+  update: Callable               # (group, step) -> SKIP | ZERO | TRAIN, traceable
+  chance: Mapping[str, float]    # metric name -> its value for a model that knows nothing
+  couples_samples: bool = False  # a loss over pairs of samples: refuses optim.accum > 1
+  fresh_optimiser: bool = False
+
+
+class Method(NamedTuple):
+  init: Callable                 # key -> (params, extra)
+  groups: Callable               # parameter name -> group; 'fixed' is never trained
+  phases: Mapping[str, Phase]
+  schedule: Callable             # step -> (phase name, boundary or None): pure, all processes agree
+  post: Callable                 # (params, extra, aux, step) -> extra, after the optimiser
+  weights: Mapping[str, Callable]   # 'student', 'teacher': (params, extra) -> weights
+  predict: Mapping[str, Callable]   # 'embed', ...: (weights, extra, batch) -> arrays
+  total_steps: int
+  steps_per_epoch: int
+  between: Callable | None = None   # (state, step, read, boundary) -> state
+
+
+def make(config, data) -> Method:
+  """The method that config.method names. data: {stream: (number of records, {field: (shape, dtype)})}."""
+  return importlib.import_module(f'unimiss_jax.methods.{config.method}').make(config, data)

@@ -1,0 +1,233 @@
+"""UniMiSS+: one pyramid U-shaped Transformer for CT, their DRR and slices, and X-rays.
+
+CT phase      self-distillation CT->CT, DRR->CT, slices->CT; reconstruction of CT and DRR
+X-ray phase   self-distillation and reconstruction of real radiographs
+(after the released code of UniMiSS+, Xie et al. 2024; loss weights in configs/unimiss_plus.py).
+Optional terms of our own: InfoNCE between two views of an instance and between a CT and its DRR.
+A term of weight 0 is not built; without self-distillation there is no teacher and no centre.
+"""
+import math
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+
+from unimiss_jax import models
+from unimiss_jax.losses import collapse, contrastive, distillation, reconstruction
+from unimiss_jax.methods import alternation
+from unimiss_jax.methods.base import Aux, Method, Phase
+from unimiss_jax.models.heads import DINOHead
+from unimiss_jax.optim import SKIP, TRAIN, cosine_schedule
+
+DISTILL = ('ct', 'drr', 'slice', 'xray')
+RECONSTRUCT = ('recon_ct', 'recon_drr', 'recon_xray')
+
+
+def make(config, data) -> Method:
+  loss, batch = config.loss, config.batch
+  distils = any(loss[k] for k in DISTILL)
+  reconstructs = any(loss[k] for k in RECONSTRUCT)
+  records = data['ct'][0] if 'ct' in data else data['xray'][0]
+  steps_per_epoch = max(records // (batch.ct or batch.xray), 1)
+  total = config.steps or config.epochs * steps_per_epoch
+  epoch = lambda epochs: int(round(epochs * steps_per_epoch))
+
+  model = models.build(config.model)
+  h = config.head
+  head = DINOHead(out_dim=h.out_dim, hidden_dim=h.hidden_dim, bottleneck_dim=h.bottleneck_dim, last_layer=distils)
+  embed_dim = config.model.embed_dims[-1]
+  momentum = cosine_schedule(config.ema.momentum, config.ema.momentum_end, total, 0)
+  teacher_temp = distillation.temperature_schedule(
+      loss.warmup_teacher_temp, loss.teacher_temp, loss.teacher_temp_warmup, steps_per_epoch)
+
+  def init(key):
+    k_backbone, k_head = jax.random.split(key)
+    params = {'backbone': models.init_params(model, k_backbone),
+              'head': head.init(k_head, jnp.zeros((1, embed_dim)))['params']}
+    if not distils:
+      return params, {}
+    return params, {'teacher': jax.tree.map(jnp.copy, params), 'center': jnp.zeros((1, h.out_dim))}
+
+  def backbone(params, x, keys=None, decode=False):
+    return model.apply({'params': params['backbone']}, x, train=keys is not None, decode=decode, row_keys=keys)
+
+  def views(params, x, rng, decode):
+    """x [B, 2, ...] -> embedding [B, 2, E], reconstruction like x or None. Sample-major: rows stay on their device."""
+    keys = view_keys(rng, x.shape[1])
+    out = backbone(params, x.reshape(-1, *x.shape[2:]), keys, decode)
+    image = None if out.reconstruction is None else out.reconstruction.reshape(x.shape)
+    return out.embedding.reshape(*x.shape[:2], -1), image
+
+  def logits(params, embedding):     # [..., E] -> [..., K]
+    flat = head.apply({'params': params['head']}, embedding.reshape(-1, embed_dim))
+    return flat.reshape(*embedding.shape[:-1], -1)
+
+  def project(params, embedding):    # [B, 2, E] -> [2, B, D], the head's MLP output
+    z = head.apply({'params': params['head']}, embedding.reshape(-1, embed_dim), method='project')
+    if h.batch_standardize:
+      z = contrastive.standardize(z)
+    return z.reshape(*embedding.shape[:2], -1).swapaxes(0, 1)
+
+  def distil(student, teacher, extra, step):
+    return distillation.dino_loss(
+        student.swapaxes(0, 1), teacher.swapaxes(0, 1), extra['center'], student_temp=loss.student_temp,
+        teacher_temp=teacher_temp(step), center_momentum=loss.center_momentum)
+
+  def positives(z):                  # [2, B, D]; the control pairs view 1 of another instance
+    return jnp.stack([z[0], jnp.roll(z[1], 1, axis=0)]) if loss.shuffle_pairs else z
+
+  def teach(extra, x):
+    """Teacher logits of two views [B, 2, ...]; the encoder alone."""
+    embedding = backbone(extra['teacher'], x.reshape(-1, *x.shape[2:])).embedding
+    return jax.lax.stop_gradient(logits(extra['teacher'], embedding.reshape(*x.shape[:2], -1)))
+
+  def slices(params, ct, rng):
+    """Mean logits over every n-th slice of each CT crop, through the 2D branch. ct [B, 2, D, H, W, 1]."""
+    x = ct[:, :, ::loss.slices]                                            # [B, 2, S, H, W, 1]
+    if loss.slice_intensity == 'minmax':
+      x = reconstruction.minmax(x, loss.recon_minmax_eps, axes=(2, 3, 4, 5))
+    x = jnp.broadcast_to(x, (*x.shape[:-1], 3))
+    keys = view_keys(rng, x.shape[1] * x.shape[2])
+    embedding = backbone(params, x.reshape(-1, *x.shape[3:]), keys).embedding
+    return logits(params, embedding.reshape(*x.shape[:3], -1)).mean(2)
+
+  def ct_loss(params, extra, batch, key, step):
+    rows = batch['ct']
+    terms, mean = {}, {}
+    e_ct, r_ct = views(params, rows['ct'], rows['rng'], bool(loss.recon_ct))
+    metrics = embedding_health(e_ct)
+    if loss.drr or loss.recon_drr or loss.pair_nce:
+      e_drr, r_drr = views(params, rows['drr'], rows['rng'], bool(loss.recon_drr))
+    if loss.ct or loss.drr or loss.slice:
+      t = teach(extra, rows['ct'])
+      metrics |= collapse.teacher(t, extra['center'], teacher_temp(step))
+      students = {'dino_loss': (loss.ct, lambda: logits(params, e_ct)),
+                  'drr_loss': (loss.drr, lambda: logits(params, e_drr)),
+                  'slice_loss': (loss.slice, lambda: slices(params, rows['ct'], rows['rng']))}
+      for name, (weight, student) in students.items():
+        if weight:
+          value, mean['center'] = distil(student(), t, extra, step)
+          terms[name] = (weight, value)
+    if loss.recon_ct:
+      target = reconstruction.minmax(rows['ct'], loss.recon_minmax_eps, axes=(2, 3, 4, 5))
+      terms['recon_ct_loss'] = (loss.recon_ct, reconstruction.sigmoid_mse(r_ct, target))
+    if loss.recon_drr:
+      terms['recon_drr_loss'] = (loss.recon_drr, reconstruction.sigmoid_mse(r_drr, rows['drr']))
+    if loss.nce or loss.pair_nce:
+      z_ct = project(params, e_ct)
+    if loss.nce:
+      terms['nce_loss'] = (loss.nce, contrastive.nt_xent(positives(z_ct), loss.nce_temp))
+    if loss.pair_nce:
+      z_drr = project(params, e_drr)
+      partner = jnp.roll(z_drr, 1, axis=1) if loss.shuffle_pairs else z_drr
+      pair = partial(contrastive.info_nce, log_scale=-math.log(loss.nce_temp))
+      terms['pair_nce_loss'] = (loss.pair_nce, (pair(z_ct[0], partner[0]) + pair(z_ct[1], partner[1])) / 2)
+    return weighted(terms, mean, metrics)
+
+  def xray_loss(params, extra, batch, key, step):
+    rows = batch['xray']
+    terms, mean = {}, {}
+    e, r = views(params, rows['xray'], rows['rng'], bool(loss.recon_xray))
+    metrics = embedding_health(e)
+    if loss.xray:
+      t = teach(extra, rows['xray'])
+      metrics |= collapse.teacher(t, extra['center'], teacher_temp(step))
+      value, mean['center'] = distil(logits(params, e), t, extra, step)
+      terms['dino_loss'] = (loss.xray, value)
+    if loss.recon_xray:
+      terms['recon_xray_loss'] = (loss.recon_xray, reconstruction.sigmoid_mse(r, rows['xray']))
+    if loss.nce:
+      terms['nce_loss'] = (loss.nce, contrastive.nt_xent(positives(project(params, e)), loss.nce_temp))
+    return weighted(terms, mean, metrics)
+
+  def joint_loss(params, extra, batch, key, step):
+    """Both phases in one step: the losses add up, the centre sees the mean of both teachers."""
+    l_ct, a_ct = ct_loss(params, extra, batch, key, step)
+    l_x, a_x = xray_loss(params, extra, batch, key, step)
+    centers = [a.mean['center'] for a in (a_ct, a_x) if 'center' in a.mean]
+    mean = {'center': sum(centers) / len(centers)} if centers else {}
+    suffixed = {f'{k}_xray': v for k, v in a_x.metrics.items()}
+    return l_ct + l_x, Aux(mean, {}, a_ct.metrics | suffixed | {'train/loss': l_ct + l_x})
+
+  def update(phase):
+    def mode(group, step):
+      if group == '3d' and phase == 'xray' and config.optim.freeze_3d == 'mask':
+        return SKIP
+      if group == 'last_layer':
+        return jnp.where(step < epoch(config.optim.freeze_last_layer), SKIP, TRAIN)
+      return TRAIN
+    return mode
+
+  def groups(name):
+    if name.endswith('weight_g') or ('/Dec' in name or 'TransposeConv' in name or 'recon_conv' in name
+                                     or name.startswith('backbone/norm')) and not reconstructs:
+      return 'fixed'
+    return '3d' if '3D' in name else 'last_layer' if 'last_layer' in name else 'rest'
+
+  def post(params, extra, aux, step):
+    if not distils:
+      return extra
+    m = momentum(step)
+    ema = lambda t, p: (m * t + (1 - m) * p).astype(t.dtype)
+    return {'teacher': jax.tree.map(ema, extra['teacher'], params),
+            'center': aux.mean.get('center', extra['center'])}
+
+  def embed(weights, extra, batch):
+    """{'ct': [B, V, ...], 'drr', 'xray': those present} -> the same names with [B, V, E]."""
+    one = lambda x: backbone(weights, x.reshape(-1, *x.shape[2:])).embedding.reshape(*x.shape[:2], -1)
+    return {k: one(x) for k, x in batch.items()}
+
+  def reconstruct(weights, extra, batch):
+    """As embed, but the reconstruction in [0, 1], shaped like the input."""
+    one = lambda x: jax.nn.sigmoid(
+        backbone(weights, x.reshape(-1, *x.shape[2:]), decode=True).reconstruction).reshape(x.shape)
+    return {k: one(x) for k, x in batch.items() if loss[f'recon_{k}']}
+
+  build = {'ct': Phase({'ct': batch.ct}, ct_loss, update('ct'), chance(config, batch.ct, 'ct')),
+           'xray': Phase({'xray': batch.xray}, xray_loss, update('xray'), chance(config, batch.xray, 'xray')),
+           'joint': Phase({'ct': batch.ct, 'xray': batch.xray}, joint_loss, update('joint'),
+                          chance(config, batch.ct, 'ct')
+                          | {f'{k}_xray': v for k, v in chance(config, batch.xray, 'xray').items()})}
+  schedule, names = alternation.schedule(config.phases, steps_per_epoch)
+  couples = bool(loss.nce or loss.pair_nce)
+  return Method(
+      init=init, groups=groups, schedule=schedule, post=post,
+      phases={n: build[n]._replace(couples_samples=couples) for n in names},
+      weights={'student': lambda params, extra: params}
+      | ({'teacher': lambda params, extra: extra['teacher']} if distils else {}),
+      predict={'embed': embed} | ({'reconstruct': reconstruct} if reconstructs else {}),
+      total_steps=total, steps_per_epoch=steps_per_epoch)
+
+
+def view_keys(rng, n):
+  """rng [B, 2] uint32, one key per record -> [B * n] keys, sample-major, one per view of it."""
+  keys = jax.random.wrap_key_data(rng, impl='threefry2x32')
+  return jax.vmap(lambda k: jax.random.split(k, n))(keys).reshape(-1)
+
+
+def embedding_health(e):
+  """Scalars of embeddings [B, 2, E]."""
+  flat = jax.lax.stop_gradient(e.reshape(-1, e.shape[-1]))
+  return {'collapse/feature_std': collapse.feature_std(flat), 'collapse/rankme': collapse.rankme(flat)}
+
+
+def weighted(terms, mean, metrics):
+  """{name: (weight, value)} -> loss = sum of weight * value, and Aux with every part."""
+  total = sum(w * v for w, v in terms.values())
+  parts = {f'train/{k}': v for k, (_, v) in terms.items()}
+  return total, Aux(mean, {}, {'train/loss': total} | parts | metrics)
+
+
+def chance(config, batch, stream) -> dict[str, float]:
+  """Value of each loss part for a model that tells nothing apart."""
+  uniform, out = math.log(config.head.out_dim), {}
+  loss = config.loss
+  for name, weight in {'ct': (('dino_loss', loss.ct), ('drr_loss', loss.drr), ('slice_loss', loss.slice)),
+                       'xray': (('dino_loss', loss.xray),)}[stream]:
+    if weight:
+      out[f'train/{name}'] = uniform
+  if loss.nce:
+    out['train/nce_loss'] = math.log(2 * batch - 1)
+  if loss.pair_nce and stream == 'ct':
+    out['train/pair_nce_loss'] = math.log(batch)
+  return out

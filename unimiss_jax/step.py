@@ -1,0 +1,80 @@
+"""One training step as a pure function: loss, gradients, optimiser, post-update, gated by finiteness."""
+import jax
+import jax.numpy as jnp
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from unimiss_jax import optim, sharding
+from unimiss_jax.methods.base import Aux
+from unimiss_jax.state import TrainState
+
+
+def schedules(config, method):
+  """Learning rate (scaled by the batch) and weight decay per step."""
+  o = config.optim
+  batch = config.batch.ct or config.batch.xray
+  lr = o.lr * batch / o.lr_reference_batch if o.lr_reference_batch else o.lr
+  warm = int(round(o.warmup_epochs * method.steps_per_epoch))
+  return (optim.cosine_schedule(lr, o.min_lr, method.total_steps, min(warm, method.total_steps - 1)),
+          optim.cosine_schedule(o.weight_decay, o.weight_decay_end, method.total_steps, 0))
+
+
+def make_init(config, method, optimiser):
+  """key -> the first TrainState; jit it with shardings so that it is born in its place."""
+  def init(key):
+    params, extra = method.init(key)
+    counters = {'skipped': jnp.zeros((), jnp.int32), 'bad': jnp.zeros((), jnp.int32)}
+    return TrainState(jnp.zeros((), jnp.int32), params, {'groups': optimiser.init(params), **counters}, extra)
+  return init
+
+
+def make_step(config, method, optimiser, phase_name, mesh):
+  """(state, batch) -> (state, metrics) of one phase. A step that is not finite changes nothing but the counters."""
+  phase = method.phases[phase_name]
+  lr, wd = schedules(config, method)
+
+  def step_fn(state: TrainState, batch):
+    step, extra = state.step, state.extra
+    key = jax.random.fold_in(jax.random.key(config.seed), step)
+    loss, aux, grads = accumulate(phase.loss, state.params, extra, batch, key, step, config.optim.accum, mesh)
+    groups = state.opt_state['groups']
+    modes = {g: phase.update(g, step) for g in groups}
+    params, groups, norms = optimiser.update(grads, groups, state.params, modes, lr(step), wd(step))
+    new = (params, groups, method.post(params, extra, aux, step))
+    old = (state.params, state.opt_state['groups'], extra)
+    finite = jnp.isfinite(loss) & jnp.isfinite(sum(norms.values()))
+    params, groups, extra = jax.tree.map(lambda a, b: jnp.where(finite, a, b), new, old)
+    skipped = jnp.where(finite, 0, state.opt_state['skipped'] + 1)
+    bad = state.opt_state['bad'] + sum(rows['bad'].sum(dtype=jnp.int32) for rows in batch.values())
+    metrics = aux.metrics | {f'train/grad_norm_{g}': n for g, n in norms.items()} | {
+        'train/grad_norm': jnp.sqrt(sum(n ** 2 for n in norms.values())),
+        'train/lr': lr(step), 'train/wd': wd(step),
+        'train/skipped': jnp.where(finite, 0, 1), 'train/skipped_in_a_row': skipped, 'data/bad_records': bad}
+    return TrainState(step + 1, params, {'groups': groups, 'skipped': skipped, 'bad': bad}, extra), metrics
+  return step_fn
+
+
+def accumulate(loss_fn, params, extra, batch, key, step, n, mesh):
+  """(loss, Aux, gradients), as the mean over n micro-batches one after the other.
+
+  Rows are dealt out with stride n, so each device keeps its own; `rows` come back in batch order.
+  """
+  grad_fn = jax.value_and_grad(loss_fn, has_aux=True)
+  if n == 1:
+    (loss, aux), grads = grad_fn(params, extra, batch, key, step)
+    return loss, aux, grads
+  rows = NamedSharding(mesh, P(None, sharding.AXES))
+  micro = jax.tree.map(lambda a: a.reshape(a.shape[0] // n, n, *a.shape[1:]).swapaxes(0, 1), batch)
+  micro = jax.lax.with_sharding_constraint(micro, rows)
+
+  def body(total, given):
+    i, part = given
+    (loss, aux), grads = grad_fn(params, extra, part, jax.random.fold_in(key, i), step)
+    return jax.tree.map(jnp.add, total, (loss, aux.mean, aux.metrics, grads)), aux.rows
+
+  shapes = jax.eval_shape(lambda: grad_fn(params, extra, jax.tree.map(lambda a: a[0], micro), key, step))
+  (loss, aux), grads = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
+  total, kept = jax.lax.scan(body, (loss, aux.mean, aux.metrics, grads), (jnp.arange(n), micro))
+  loss, mean, metrics, grads = jax.tree.map(lambda a: a / n, total)
+  kept = jax.tree.map(lambda a: a.swapaxes(0, 1).reshape(-1, *a.shape[2:]), kept)
+  return loss, Aux(mean, kept, metrics), grads

@@ -1,0 +1,84 @@
+"""A run's folder: its config, its environment, its log file; another run's folder is refused."""
+import hashlib
+import importlib.metadata
+import json
+import logging
+import platform
+import sys
+
+import jax
+from etils import epath
+
+from unimiss_jax.validate import ConfigError
+
+FREE = ('mesh', 'log', 'eval', 'checkpoint')    # sections that may change between lives of a run
+FREE_LEAVES = ('data.workers',)
+PACKAGES = ('jax', 'flax', 'optax', 'orbax-checkpoint', 'grain', 'numpy')
+
+
+def flat(tree, prefix='') -> dict:
+  """Nested dict -> {'a.b': value}; tuples as lists, as JSON has them."""
+  out = {}
+  for k, v in tree.items():
+    if isinstance(v, dict):
+      out |= flat(v, f'{prefix}{k}.')
+    else:
+      out[f'{prefix}{k}'] = list(v) if isinstance(v, tuple) else v
+  return out
+
+
+def binding(leaves: dict) -> dict:
+  """The leaves that make two runs different runs."""
+  return {k: v for k, v in leaves.items() if k.split('.')[0] not in FREE and k not in FREE_LEAVES}
+
+
+def config_hash(config) -> str:
+  text = json.dumps(binding(flat(config.to_dict())), sort_keys=True)
+  return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
+
+
+def versions() -> dict[str, str]:
+  return {p: importlib.metadata.version(p) for p in PACKAGES}
+
+
+def claim(workdir, config, resume: str) -> bool:
+  """Makes the folder this run's; True if it held this run already.
+
+  Raises:
+    ConfigError: the folder holds a run with another config (unless resume='force').
+  """
+  folder = epath.Path(workdir)
+  file = folder / 'config.json'
+  mine = flat(config.to_dict())
+  known = False
+  if file.exists():
+    theirs = binding(flat(json.loads(file.read_text())))
+    ours = binding(mine)
+    changed = [f'{k} {theirs.get(k, "(absent)")} -> {ours.get(k, "(absent)")}'
+               for k in sorted(theirs.keys() | ours.keys()) if theirs.get(k) != ours.get(k)]
+    if changed and resume != 'force':
+      raise ConfigError(f'workdir {workdir} holds a run with another config: {"; ".join(changed)}. '
+                        'FIX: use a new --workdir, or --resume=force to go on with the new config')
+    known = True
+  if jax.process_index() == 0:
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / 'logs').mkdir(exist_ok=True)
+    file.write_text(json.dumps(config.to_dict(), indent=1, sort_keys=True, default=str))
+    (folder / 'env.json').write_text(json.dumps(environment(), indent=1))
+  return known
+
+
+def environment() -> dict:
+  return {'python': platform.python_version(), 'platform': platform.platform(), 'packages': versions(),
+          'devices': [f'{d.platform} {d.device_kind}' for d in jax.devices()], 'hosts': jax.process_count(),
+          'command': sys.argv}
+
+
+def log_to(workdir) -> logging.Handler:
+  """Also writes every log line of this process to logs/host_<i>.txt."""
+  folder = epath.Path(workdir) / 'logs'
+  folder.mkdir(parents=True, exist_ok=True)
+  handler = logging.FileHandler(folder / f'host_{jax.process_index()}.txt')
+  handler.setFormatter(logging.Formatter('%(asctime)s %(levelname)s %(message)s'))
+  logging.getLogger().addHandler(handler)
+  return handler
