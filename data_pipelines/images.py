@@ -1,0 +1,123 @@
+"""PNG or JPEG file -> one radiograph: one channel, upright, 8 or 16 bit, short side at most 512.
+
+The rules (alpha on black, luminance of colour, full scale of 10-, 12- and 14-bit pictures in a 16-bit file) are
+chosen by us; luminance is ITU-R 601, which leaves grey stored as RGB exactly as it is.
+"""
+import io
+from typing import NamedTuple
+
+import numpy as np
+from etils import epath
+from PIL import Image, ImageOps
+
+from data_pipelines.errors import DataError
+from data_pipelines.nifti import read_bytes
+
+SHORT_SIDE = 512                  # pixels
+BIT_DEPTHS = (8, 10, 12, 14, 16)  # of detectors; a 16-bit file is stretched from the smallest that holds its maximum
+
+
+class Radiograph(NamedTuple):
+  """A radiograph.
+
+  Attributes:
+    array: [H, W] uint8 or uint16, full scale = 255 or 65535.
+    meta: mode and size (width, height) of the file; warnings: finished one-line texts `WARN CODE file: ...`.
+  """
+  array: np.ndarray
+  meta: dict
+
+
+def read(path) -> Radiograph:
+  """Reads a PNG or JPEG of mode L, LA, RGB, RGBA, P, 1, CMYK or I;16; larger pictures are reduced (antialiased).
+
+  Raises:
+    DataError: UNREADABLE ZERO_BYTES NOT_IMAGE TRUNCATED.
+  """
+  data = read_bytes(path)
+  try:
+    image = Image.open(io.BytesIO(data))
+  except Exception as e:
+    raise DataError('NOT_IMAGE', path, f'not an image (first bytes {data[:8]!r})', 'remove or convert it') from e
+  try:
+    return _read(image, data, str(path))
+  except Exception as e:    # Pillow's decoders raise OSError, SyntaxError, struct.error, zlib.error, ...
+    raise DataError('TRUNCATED', path, f'picture cannot be decoded ({type(e).__name__}: {e})', 'copy again') from e
+
+
+def check(path) -> None:
+  """Raises what `read` raises for a file that is missing, empty or no picture; reads its header alone."""
+  try:
+    with epath.Path(path).open('rb') as f:
+      start = f.read(8)
+      f.seek(0)
+      if not start:
+        raise DataError('ZERO_BYTES', path, 'file has 0 bytes', 'copy or download it again')
+      try:
+        Image.open(f).close()
+      except Exception as e:
+        raise _not_image(path, start) from e
+  except OSError as e:
+    raise DataError('UNREADABLE', path, f'{type(e).__name__}: {e}', 'check path and permissions') from e
+
+
+def _not_image(path, data: bytes) -> DataError:
+  return DataError('NOT_IMAGE', path, f'not a PNG or JPEG picture (first bytes {data[:8]!r})', 'remove or convert it')
+
+
+def _read(image: Image.Image, data: bytes, path: str) -> Radiograph:
+  meta = {'mode': image.mode, 'size': image.size, 'warnings': []}
+  warn = lambda code, text: meta['warnings'].append(f'WARN {code} {path}: {text}')
+  if data[:4] == b'\x89PNG' and data[24] == 16 and image.mode != 'I;16':    # Pillow has no 16-bit colour
+    warn('MODE', f'16-bit {image.mode} cut to 8 bits')
+  image = ImageOps.exif_transpose(image)
+  array = _full_scale(np.asarray(image)) if image.mode == 'I;16' else _grey(image, warn)
+  array = _reduce(array)
+  if _looks_inverted(array):
+    warn('INVERTED?', 'border brighter than the centre; not changed')
+  return Radiograph(array, meta)
+
+
+def _full_scale(array: np.ndarray) -> np.ndarray:
+  """uint16 of unknown depth -> uint16 with full scale 65535."""
+  bits = next(b for b in BIT_DEPTHS if array.max() < 1 << b)
+  return np.rint(array * (65535 / ((1 << bits) - 1))).astype(np.uint16)
+
+
+def _grey(image: Image.Image, warn) -> np.ndarray:
+  """Any 8-bit mode -> uint8 [H, W]."""
+  alpha = None
+  if image.has_transparency_data:
+    image = image.convert('RGBA')
+    alpha = np.asarray(image)[..., 3]
+  if image.mode not in ('L', '1'):
+    image = image.convert('RGB')
+    rgb = np.asarray(image)
+    coloured = (rgb[..., :1] != rgb[..., 1:]).any(-1).mean()
+    if coloured:
+      warn('MODE', f'{100 * coloured:.1f} % of the pixels are coloured; luminance kept')
+  grey = np.asarray(image.convert('L'))
+  if alpha is not None and alpha.min() < 255:
+    warn('MODE', f'{100 * (alpha < 255).mean():.1f} % of the pixels are transparent; put on black')
+    grey = np.rint(grey * (alpha / 255)).astype(np.uint8)
+  return grey
+
+
+def _reduce(array: np.ndarray) -> np.ndarray:
+  """[H, W] -> short side at most 512, bicubic with antialiasing."""
+  short = min(array.shape)
+  if short <= SHORT_SIDE:
+    return array
+  height, width = (round(n * SHORT_SIDE / short) for n in array.shape)
+  if array.dtype == np.uint8:
+    return np.asarray(Image.fromarray(array).resize((width, height), Image.Resampling.BICUBIC))
+  out = Image.fromarray(array.astype(np.float32)).resize((width, height), Image.Resampling.BICUBIC)
+  return np.rint(np.clip(np.asarray(out), 0, 65535)).astype(np.uint16)
+
+
+def _looks_inverted(array: np.ndarray) -> bool:
+  """Air round the patient is white: only a hint, as tightly cropped pictures have bright borders too."""
+  h, w = (max(1, n // 20) for n in array.shape)
+  border = np.concatenate([array[:h].ravel(), array[-h:].ravel(), array[:, :w].ravel(), array[:, -w:].ravel()])
+  centre = array[array.shape[0] // 4:-(array.shape[0] // 4) or None, array.shape[1] // 4:-(array.shape[1] // 4) or None]
+  return border.mean() - centre.mean() > 0.2 * np.iinfo(array.dtype).max
