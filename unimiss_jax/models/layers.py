@@ -1,0 +1,268 @@
+"""Building blocks of the MiT encoders (UniMiSS, ECCV 2022; UniMiSS+, TPAMI 2024), arithmetic as in the released code.
+
+Parameter names are those of the released PyTorch modules, so that porting is a renaming. Statistics, softmax and
+norms run in `promote_types(dtype, float32)`: never narrower than float32.
+"""
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from unimiss_jax.models import conv
+
+normal_02 = nn.initializers.normal(0.02)
+fan_in_normal = nn.initializers.variance_scaling(1.0, 'fan_in', 'normal')
+LINEAR_INITS = {'released': normal_02, 'fan_in': fan_in_normal}   # fan_in is chosen by us: narrow models need it
+
+
+def kaiming_fan_out(key, shape, dtype=jnp.float32):
+  """Normal, std sqrt(2 / (out * prod(k))), also for depthwise kernels; shape [*k, in, out]."""
+  std = math.sqrt(2 / (shape[-1] * math.prod(shape[:-2])))
+  return std * jax.random.normal(key, shape, dtype)
+
+
+def uniform_init(fan_in: int) -> Callable:
+  """Uniform in +-1 / sqrt(fan_in): PyTorch's default for convolutions and their biases."""
+  bound = 1 / math.sqrt(fan_in)
+  return lambda key, shape, dtype=jnp.float32: jax.random.uniform(key, shape, dtype, -bound, bound)
+
+
+def wide(dtype) -> Any:
+  """The dtype of statistics and of parameters."""
+  return jnp.promote_types(dtype, jnp.float32)
+
+
+class Conv(nn.Module):
+  """3^n or 1^n convolution with the padding that keeps the size; kernel_init None = PyTorch's uniform default."""
+  features: int
+  kernel: tuple
+  stride: tuple | None = None
+  use_bias: bool = False
+  kernel_init: Callable | None = None
+  dtype: Any = jnp.float32
+
+  @nn.compact
+  def __call__(self, x):
+    fan_in = math.prod(self.kernel) * x.shape[-1]
+    w = self.param('kernel', self.kernel_init or uniform_init(fan_in),
+                   (*self.kernel, x.shape[-1], self.features), wide(self.dtype))
+    y = conv.conv(x.astype(self.dtype), w.astype(self.dtype), self.stride)
+    if self.use_bias:
+      y += self.param('bias', uniform_init(fan_in), (self.features,), wide(self.dtype)).astype(self.dtype)
+    return y
+
+
+class TransposedConv(nn.Module):
+  """Transposed convolution with kernel = stride and a bias; initialised as in PyTorch (fan-in counts the output)."""
+  features: int
+  stride: tuple
+  dtype: Any = jnp.float32
+
+  @nn.compact
+  def __call__(self, x):
+    init = uniform_init(math.prod(self.stride) * self.features)
+    w = self.param('kernel', init, (*self.stride, x.shape[-1], self.features), wide(self.dtype))
+    b = self.param('bias', init, (self.features,), wide(self.dtype))
+    return conv.transposed_conv(x.astype(self.dtype), w.astype(self.dtype)) + b.astype(self.dtype)
+
+
+class DepthwiseReduce(nn.Module):
+  """Depthwise convolution with kernel = stride = ratio on every axis and a bias: the spatial reduction of attention."""
+  ratio: int
+  kernel_init: Callable | None = None
+  dtype: Any = jnp.float32
+
+  @nn.compact
+  def __call__(self, x):
+    n, c = x.ndim - 2, x.shape[-1]
+    init = uniform_init(self.ratio**n)
+    w = self.param('kernel', self.kernel_init or init, (*(self.ratio,) * n, 1, c), wide(self.dtype))
+    b = self.param('bias', init, (c,), wide(self.dtype))
+    return conv.depthwise_patch_conv(x.astype(self.dtype), w.astype(self.dtype)) + b.astype(self.dtype)
+
+
+class InstanceNorm(nn.Module):
+  """Affine, biased variance, no running statistics; one pass: E[x^2] - E[x]^2."""
+  epsilon: float = 1e-5
+  dtype: Any = jnp.float32
+
+  @nn.compact
+  def __call__(self, x):
+    scale = self.param('scale', nn.initializers.ones, (x.shape[-1],), wide(self.dtype))
+    bias = self.param('bias', nn.initializers.zeros, (x.shape[-1],), wide(self.dtype))
+    wide_x, axes = x.astype(wide(self.dtype)), tuple(range(1, x.ndim - 1))
+    mean = wide_x.mean(axes, keepdims=True)
+    var = jnp.maximum((wide_x * wide_x).mean(axes, keepdims=True) - mean * mean, 0)
+    gain = scale * jax.lax.rsqrt(var + self.epsilon)
+    return (wide_x * gain + (bias - mean * gain)).astype(self.dtype)
+
+
+class ConvBlock(nn.Module):
+  """Convolution 3^n -> InstanceNorm -> LeakyReLU 0.01; `residual` adds the input (pooled and projected if strided)."""
+  features: int
+  stride: tuple
+  residual: bool = False
+  kernel_init: Callable | None = kaiming_fan_out
+  dtype: Any = jnp.float32
+
+  @nn.compact
+  def __call__(self, x):                                     # [B, *S, C]
+    n = x.ndim - 2
+    y = Conv(self.features, (3,) * n, self.stride, kernel_init=self.kernel_init, dtype=self.dtype, name='conv')(x)
+    y = nn.leaky_relu(InstanceNorm(dtype=self.dtype, name='norm')(y), 0.01)
+    if not self.residual:
+      return y
+    if math.prod(self.stride) > 1:
+      x = conv.patch_mean(x, self.stride)
+    if x.shape[-1] != self.features:
+      x = Conv(self.features, (1,) * n, kernel_init=fan_in_normal, dtype=self.dtype, name='skip')(x)
+    return y + x
+
+
+def layer_norm(epsilon: float, dtype, name: str) -> nn.LayerNorm:
+  return nn.LayerNorm(epsilon, dtype=dtype, param_dtype=wide(dtype), use_fast_variance=False, name=name)
+
+
+def drop_path(x, rate: float, keys):
+  """Drops whole rows: x * mask / keep, one draw per row.
+
+  Args:
+    x: [B, ...].
+    rate: probability that a row is dropped.
+    keys: [B] keys of this layer.
+  """
+  keep = jax.vmap(lambda key: jax.random.bernoulli(key, 1 - rate))(keys)
+  return x * (keep / (1 - rate)).astype(x.dtype).reshape(-1, *(1,) * (x.ndim - 1))
+
+
+class Attention(nn.Module):
+  """Multi-head attention whose keys and values come from spatially reduced tokens.
+
+  The class token, if any, is the first token; it is a query as all others and joins the keys unreduced.
+  """
+  num_heads: int
+  sr_ratio: int
+  cls_token: bool
+  qkv_bias: bool = True
+  linear_init: Callable = normal_02
+  sr_init: Callable | None = kaiming_fan_out
+  dtype: Any = jnp.float32
+
+  @nn.compact
+  def __call__(self, x, grid):                               # [B, N, C], N = cls + prod(grid)
+    b, _, c = x.shape
+    heads, depth = self.num_heads, c // self.num_heads
+    dense = lambda features, name, bias=self.qkv_bias: nn.Dense(
+        features, bias, self.dtype, wide(self.dtype), kernel_init=self.linear_init, name=name)
+    q = dense(c, 'q')(x).reshape(b, -1, heads, depth)
+    if self.sr_ratio > 1:
+      first = int(self.cls_token)
+      maps = x[:, first:].reshape(b, *grid, c)
+      maps = DepthwiseReduce(self.sr_ratio, self.sr_init, self.dtype, name=f'sr{len(grid)}D')(maps)
+      x = jnp.concatenate([x[:, :first], maps.reshape(b, -1, c)], 1)
+      x = layer_norm(1e-5, self.dtype, 'norm')(x)
+    k, v = jnp.moveaxis(dense(2 * c, 'kv')(x).reshape(b, -1, 2, heads, depth), 2, 0)
+    scores = jnp.einsum('bqhd,bkhd->bhqk', q * depth**-0.5, k, preferred_element_type=wide(self.dtype))
+    y = jnp.einsum('bhqk,bkhd->bqhd', nn.softmax(scores).astype(self.dtype), v)
+    return dense(c, 'proj', True)(y.reshape(b, -1, c))
+
+
+class Mlp(nn.Module):
+  """Linear, exact (erf) GELU, Linear."""
+  hidden: int
+  linear_init: Callable = normal_02
+  dtype: Any = jnp.float32
+
+  @nn.compact
+  def __call__(self, x):
+    dense = lambda features, name: nn.Dense(
+        features, dtype=self.dtype, param_dtype=wide(self.dtype), kernel_init=self.linear_init, name=name)
+    return dense(x.shape[-1], 'fc2')(nn.gelu(dense(self.hidden, 'fc1')(x), approximate=False))
+
+
+class Block(nn.Module):
+  """Pre-norm transformer block with drop-path; `index` counts the blocks of the network (keys of the drop-path)."""
+  num_heads: int
+  mlp_ratio: float
+  sr_ratio: int
+  index: int
+  cls_token: bool = True
+  qkv_bias: bool = True
+  drop_path: float = 0.
+  epsilon: float = 1e-6
+  linear_init: Callable = normal_02
+  sr_init: Callable | None = kaiming_fan_out
+  dtype: Any = jnp.float32
+
+  @nn.compact
+  def __call__(self, x, grid, train=False, row_keys=None):   # [B, N, C]
+    def drop(y, branch):
+      if not train or self.drop_path == 0:
+        return y
+      if row_keys is None:
+        keys = jax.random.split(self.make_rng('drop_path'), len(y))
+      else:
+        keys = jax.vmap(lambda key: jax.random.fold_in(key, 2 * self.index + branch))(row_keys)
+      return drop_path(y, self.drop_path, keys)
+    attention = Attention(self.num_heads, self.sr_ratio, self.cls_token, self.qkv_bias, self.linear_init,
+                          self.sr_init, self.dtype, name='attn')
+    x = x + drop(attention(layer_norm(self.epsilon, self.dtype, 'norm1')(x), grid), 0)
+    mlp = Mlp(int(x.shape[-1] * self.mlp_ratio), self.linear_init, self.dtype, name='mlp')
+    return x + drop(mlp(layer_norm(self.epsilon, self.dtype, 'norm2')(x)), 1)
+
+
+def resize_positions(table, native, grid, cls_token: bool):
+  """Position table of another grid: bicubic (a = -0.75) in 2-D, trilinear in 3-D, half-pixel centres, no antialias.
+
+  Args:
+    table: [1, cls + prod(native), C], row-major tokens.
+    native: grid that the table was made for, (H, W) or (D, H, W).
+    grid: grid wanted.
+    cls_token: whether the first row is the class token's; it is kept as it is.
+
+  Returns:
+    [1, cls + prod(grid), C]; the table itself where the grid is the native one.
+  """
+  native, grid = tuple(native), tuple(grid)
+  if grid == native:
+    return table
+  first = int(cls_token)
+  weights = cubic_matrix if len(grid) == 2 else linear_matrix
+  maps = table[0, first:].reshape(*native, -1)
+  for axis, (old, new) in enumerate(zip(native, grid)):
+    matrix = jnp.asarray(weights(old, new), wide(table.dtype))
+    maps = jnp.moveaxis(jnp.tensordot(matrix, maps, (1, axis)), 0, axis)
+  maps = maps.reshape(1, math.prod(grid), -1).astype(table.dtype)
+  return jnp.concatenate([table[:, :first], maps], 1)
+
+
+def linear_matrix(old: int, new: int) -> np.ndarray:
+  """[new, old] weights of linear interpolation, half-pixel centres, edges repeated."""
+  return _matrix(old, new, lambda t: np.maximum(1 - abs(t), 0), (0, 1))
+
+
+def cubic_matrix(old: int, new: int) -> np.ndarray:
+  """[new, old] weights of cubic convolution (Keys 1981) with a = -0.75, half-pixel centres, edges repeated."""
+  a = -0.75
+
+  def kernel(t):
+    t = abs(t)
+    near = ((a + 2) * t - (a + 3)) * t * t + 1
+    far = ((t - 5) * t + 8) * a * t - 4 * a
+    return np.where(t <= 1, near, np.where(t < 2, far, 0))
+  return _matrix(old, new, kernel, (-1, 0, 1, 2))
+
+
+def _matrix(old, new, kernel, taps):
+  source = (np.arange(new) + 0.5) * old / new - 0.5
+  matrix = np.zeros((new, old))
+  for tap in taps:
+    index = np.floor(source).astype(int) + tap
+    np.add.at(matrix, (np.arange(new), index.clip(0, old - 1)), kernel(source - index))
+  return matrix

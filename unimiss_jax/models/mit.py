@@ -1,0 +1,250 @@
+"""MiT+: the U-shaped encoder-decoder of UniMiSS+ (TPAMI 2024), one set of attention weights for images and volumes.
+
+Convolutions, position tables and spatial reductions exist once for 2-D and once for 3-D (names with '2D' / '3D'), all
+linears and norms are shared. Arithmetic and names are those of the released code; `conv_residual`, `last_stride`,
+`final_norm` and `init` change the trunk for small data and default to it.
+"""
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from unimiss_jax.models import layers
+
+MIN_SIZE_2D, MIN_SIZE_3D, MIN_DEPTH = 64, 32, 16
+
+
+class MiTOutput(NamedTuple):
+  """embedding [B, E]; pyramid, finest map first, channels last; reconstruction like the input, before the sigmoid."""
+  embedding: jax.Array
+  pyramid: tuple
+  reconstruction: jax.Array | None
+
+
+class Trunk(nn.Module):
+  """The fields that encoder and decoder share, and the sizes that follow from them.
+
+  Attributes:
+    embed_dims: channels of c0, c1, s1..s4.
+    depths, num_heads, sr_ratios: blocks, heads and spatial reduction of s1..s4.
+    mlp_ratio: hidden width of the MLPs over their input width.
+    decoder_dims: channels after each up-sampling: s3, s2, s1, c1, c0.
+    decoder_depths, decoder_heads, decoder_sr_ratios: of the three decoder stages.
+    in_channels: of images, of volumes.
+    image_size, volume_size: what the position tables are made for.
+    pos_interp: 'grid' = tables are interpolated to other sizes, 2-D and 3-D, encoder and decoder.
+    encoder_drop_path, decoder_drop_path: rate of the last block; the first one has 0, linear between.
+    conv_residual: every 3^n block of the encoder but the first adds its input.
+    last_stride: in-plane stride of s4 (and of the decoder's first up-sampling).
+    final_norm: the embedding is the LayerNorm of class token + mean token of s4.
+    init: linears 'released' N(0, 0.02) | 'fan_in' N(0, 1 / sqrt(fan_in)).
+    cls_token: False = position tables without the class slot; the embedding is the mean token of s4.
+    dtype: of the activations.
+  """
+  embed_dims: tuple = (32, 64, 128, 256, 320, 320)
+  depths: tuple = (1, 2, 4, 2)
+  num_heads: tuple = (1, 2, 4, 8)
+  mlp_ratio: float = 4
+  sr_ratios: tuple = (8, 4, 2, 1)
+  decoder_dims: tuple = (320, 256, 128, 64, 32)
+  decoder_depths: tuple = (1, 1, 1)
+  decoder_heads: tuple = (4, 2, 1)
+  decoder_sr_ratios: tuple = (2, 4, 8)
+  in_channels: tuple = (3, 1)
+  image_size: int = 96
+  volume_size: tuple = (16, 96, 96)
+  pos_interp: str = 'grid'
+  encoder_drop_path: float = 0.
+  decoder_drop_path: float = 0.1
+  conv_residual: bool = False
+  last_stride: int = 2
+  final_norm: bool = False
+  init: str = 'released'
+  cls_token: bool = True
+  dtype: Any = jnp.float32
+
+  def native_size(self, n: int) -> tuple:
+    return (self.image_size,) * 2 if n == 2 else tuple(self.volume_size)
+
+  def strides(self, n: int) -> list[tuple]:
+    """Of c1, s1, s2, s3, s4 in n dimensions."""
+    if n == 2:
+      return [(2, 2)] * 4 + [(self.last_stride,) * 2]
+    return [(1, 2, 2), (2, 2, 2), (2, 2, 2), (1, 2, 2), (1, self.last_stride, self.last_stride)]
+
+  def grids(self, size) -> list[tuple]:
+    """Sizes of c1, s1, s2, s3, s4 for an input of this size."""
+    total = np.cumprod(self.strides(len(size)), axis=0)
+    return [tuple(int(s) for s in np.asarray(size) // t) for t in total]
+
+  def linear_init(self):
+    if self.init not in layers.LINEAR_INITS:
+      raise ValueError(f'model.init={self.init!r}: known are {", ".join(layers.LINEAR_INITS)}')
+    return layers.LINEAR_INITS[self.init]
+
+  def check(self, size, channels: int):
+    """Raises ValueError, naming the nearest valid size, for an input the strides do not divide or that is too small."""
+    if self.pos_interp != 'grid':
+      raise ValueError(f"model.pos_interp={self.pos_interp!r} is not available: use 'grid'")
+    n, step = len(size), 16 * self.last_stride
+    least = [MIN_SIZE_2D] * 2 if n == 2 else [MIN_DEPTH, MIN_SIZE_3D, MIN_SIZE_3D]
+    steps = [step] * 2 if n == 2 else [4, step, step]
+    nearest = tuple(max(math.ceil(lo / m), round(s / m)) * m for s, lo, m in zip(size, least, steps))
+    if tuple(size) != nearest:
+      axes, depth = ('H, W', '') if n == 2 else ('D, H, W', f'D a multiple of 4 from {MIN_DEPTH}, ')
+      raise ValueError(f'input size ({axes}) = {tuple(size)}: expected {depth}H and W multiples of {step} from '
+                       f'{least[-1]}; the nearest valid size is {nearest}')
+    if channels != self.in_channels[n - 2]:
+      raise ValueError(f'input has {channels} channels: expected {self.in_channels[n - 2]} for {n}-D inputs')
+
+
+class Encoder(Trunk):
+  """[B, *S, C] -> (embedding [B, E], (c0, c1, s1, s2, s3, s4)); `transformer` in the released code."""
+
+  @nn.compact
+  def __call__(self, x, train=False, row_keys=None):
+    n, depths, linear_init = x.ndim - 2, np.cumsum([0, *self.depths]), self.linear_init()
+    rates = np.linspace(0, self.encoder_drop_path, depths[-1])
+    strides, grids = self.strides(n), self.grids(x.shape[1:-1])
+    native = self.grids(self.native_size(n))
+
+    def unit(x, features, stride, name, residual=self.conv_residual):
+      return layers.ConvBlock(features, stride, residual, dtype=self.dtype, name=name)(x)
+
+    if self.cls_token:
+      cls = self.param('cls_tokens1', layers.normal_02, (1, 1, self.embed_dims[2]), layers.wide(self.dtype))
+      cls = jnp.broadcast_to(cls.astype(self.dtype), (len(x), *cls.shape[1:]))
+    plain = (1,) * n
+    x = unit(x.astype(self.dtype), self.embed_dims[0], plain, f'ConvBlock{n}D0_0', False)
+    pyramid = [x]
+    x = unit(x, self.embed_dims[1], strides[0], f'ConvBlock{n}D1_0')
+    x = unit(x, self.embed_dims[1], plain, f'ConvBlock{n}D1_1')
+    pyramid.append(x)
+    for stage in range(1, 5):
+      dim = self.embed_dims[stage + 1]
+      x = PatchEmbed(dim, strides[stage], self.conv_residual, self.dtype, name=f'patch_embed{n}D{stage}')(x)
+      tokens = x.reshape(len(x), -1, dim)                    # [B, N, C]
+      if self.cls_token:
+        if stage > 1:
+          cls = nn.Dense(dim, dtype=self.dtype, param_dtype=layers.wide(self.dtype), kernel_init=linear_init,
+                         name=f'cls_tokens{stage}')(cls)
+        tokens = jnp.concatenate([cls, tokens], 1)
+      tokens += positions(self, f'pos_embed{n}D{stage}', dim, native[stage], grids[stage], self.cls_token)
+      for i in range(self.depths[stage - 1]):
+        index = int(depths[stage - 1]) + i
+        tokens = layers.Block(
+            self.num_heads[stage - 1], self.mlp_ratio, self.sr_ratios[stage - 1], index, self.cls_token,
+            drop_path=float(rates[index]), linear_init=linear_init, dtype=self.dtype,
+            name=f'block{stage}_{i}')(tokens, grids[stage], train, row_keys)
+      cls, x = tokens[:, :self.cls_token], tokens[:, int(self.cls_token):]
+      mean = x.mean(1)
+      x = x.reshape(len(x), *grids[stage], dim)
+      pyramid.append(x)
+    embedding = cls[:, 0] if self.cls_token else mean
+    if self.final_norm:
+      embedding = layers.layer_norm(1e-6, self.dtype, 'final_norm')(embedding + mean if self.cls_token else mean)
+    return embedding, tuple(pyramid)
+
+
+class PatchEmbed(nn.Module):
+  """Two conv blocks, the first strided."""
+  features: int
+  stride: tuple
+  residual: bool
+  dtype: Any
+
+  @nn.compact
+  def __call__(self, x):
+    x = layers.ConvBlock(self.features, self.stride, self.residual, dtype=self.dtype, name='proj')(x)
+    return layers.ConvBlock(self.features, (1,) * len(self.stride), self.residual, dtype=self.dtype, name='proj1')(x)
+
+
+class UpEmbed(nn.Module):
+  """Transposed convolution, then a conv block."""
+  features: int
+  stride: tuple
+  kernel_init: Any
+  dtype: Any
+
+  @nn.compact
+  def __call__(self, x):
+    x = layers.TransposedConv(self.features, self.stride, self.dtype, name='proj')(x)
+    return layers.ConvBlock(self.features, (1,) * len(self.stride), kernel_init=self.kernel_init, dtype=self.dtype,
+                            name='proj1')(x)
+
+
+class MiTPlus(Trunk):
+  """x [B, H, W, 3] or [B, D, H, W, 1] -> MiTOutput; fields and their meaning: `Trunk`.
+
+  H and W are multiples of 32 (16 with `last_stride=1`), at least 64 in 2-D; depth a multiple of 4, at least 16; else
+  ValueError. Drop-path needs `row_keys` [B] or an rng named 'drop_path' where `train` is set.
+  """
+
+  def __call__(self, x, train=False, decode=True, row_keys=None) -> MiTOutput:
+    """Embedding and pyramid; the reconstruction (None with decode=False) is raw: its sigmoid is compared with x."""
+    embedding, pyramid, maps, reconstruction = self._run(x, train, decode, row_keys)
+    return MiTOutput(embedding, pyramid, reconstruction)
+
+  def decoder_maps(self, x, train=False, row_keys=None) -> tuple:
+    """The decoder's five maps, coarsest first, `decoder_dims` channels: what segmentation heads use."""
+    return self._run(x, train, True, row_keys)[2]
+
+  def input_shapes(self) -> tuple:
+    """One image and one volume of native size: together they touch every parameter."""
+    return tuple((1, *self.native_size(n), self.in_channels[n - 2]) for n in (2, 3))
+
+  @nn.compact
+  def _run(self, x, train, decode, row_keys):
+    n = x.ndim - 2
+    if n not in (2, 3):
+      raise ValueError(f'input of shape {x.shape}: expected [B, H, W, C] or [B, D, H, W, C]')
+    self.check(x.shape[1:-1], x.shape[-1])
+    fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(Trunk) if f.name not in ('parent', 'name')}
+    embedding, pyramid = Encoder(**fields, name='transformer')(x, train, row_keys)
+    if not decode:
+      return embedding, pyramid, None, None
+
+    # In the released code the decoder's 2-D convolutions keep PyTorch's default initialiser, its 3-D ones do not.
+    kernel_init = None if n == 2 else layers.kaiming_fan_out
+    native, strides = self.grids(self.native_size(n)), self.strides(n)
+    rates, index = np.linspace(0, self.decoder_drop_path, sum(self.decoder_depths)), 0
+    x, maps = pyramid[-1], []
+    for stage, skip, stride in zip((1, 2, 3), pyramid[4:1:-1], strides[:1:-1]):
+      dim = self.decoder_dims[stage - 1]
+      x = UpEmbed(dim, stride, kernel_init, self.dtype, name=f'DecEmbed{n}D{stage}')(x) + skip
+      grid, tokens = x.shape[1:-1], x.reshape(len(x), -1, dim)
+      tokens += positions(self, f'DecPosEmbed{n}D{stage}', dim, native[4 - stage], grid, False)
+      for i in range(self.decoder_depths[stage - 1]):
+        tokens = layers.Block(
+            self.decoder_heads[stage - 1], self.mlp_ratio, self.decoder_sr_ratios[stage - 1],
+            sum(self.depths) + index, False, qkv_bias=False, drop_path=float(rates[index]), epsilon=1e-5,
+            linear_init=self.linear_init(), sr_init=kernel_init, dtype=self.dtype,
+            name=f'Decblock{stage}_{i}')(tokens, grid, train, row_keys)
+        index += 1
+      if stage == 3:
+        tokens = layers.layer_norm(1e-5, self.dtype, 'norm')(tokens)
+      x = tokens.reshape(len(x), *grid, dim)
+      maps.append(x)
+    up = lambda features, stride, i: layers.TransposedConv(
+        features, stride, self.dtype, name=f'TransposeConv{n}D{i}')(x)
+    x = up(self.decoder_dims[3], strides[1], 1) + pyramid[1]
+    x = layers.ConvBlock(self.decoder_dims[3], (1,) * n, kernel_init=kernel_init, dtype=self.dtype,
+                         name=f'DeConvBlock{n}D1')(x)
+    maps.append(x)
+    x = up(self.decoder_dims[4], strides[0], 2) + pyramid[0]
+    maps.append(x)
+    reconstruction = layers.Conv(self.in_channels[n - 2], (1,) * n, use_bias=True, kernel_init=kernel_init,
+                                 dtype=self.dtype, name=f'recon_conv{n}D')(x)
+    return embedding, pyramid, tuple(maps), reconstruction
+
+
+def positions(module, name, dim, native, grid, cls_token):
+  """The module's position table `name`, made for the native grid, on this grid."""
+  table = module.param(name, layers.normal_02, (1, int(cls_token) + math.prod(native), dim), layers.wide(module.dtype))
+  return layers.resize_positions(table, native, grid, cls_token).astype(module.dtype)
