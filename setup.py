@@ -1,0 +1,43 @@
+"""Dependencies and packages. Lower bounds only where newer versions are known to work; extras are imported late."""
+from setuptools import find_packages, setup
+
+setup(
+    name='unimiss_jax',
+    version='0.1.0',
+    description='Universal pre-training for 2D X-rays and 3D CT volumes in JAX/Flax',
+    license='Apache-2.0',
+    python_requires='>=3.11',
+    packages=find_packages(include=['unimiss_jax*', 'data_pipelines*']),
+    install_requires=[
+        'absl-py',
+        'array_record',
+        'clu>=0.0.12',
+        'etils[epath]',
+        'flax>=0.12.8,<0.13',
+        'grain>=0.2.18,<0.3',
+        'importlib_resources; python_version >= "3.12"',
+        'jax>=0.10.2',
+        'ml_collections>=1.1.0',
+        'nibabel>=5.4',
+        'numpy>=2',
+        'optax>=0.2.8,<0.3',
+        'orbax-checkpoint>=0.12.8,<0.13',
+        'pillow>=12',
+        'scipy>=1.13',
+        'tensorboardX>=2.6.5',
+        'tensorflow-datasets>=4.9.10',
+    ],
+    extras_require={
+        'test': ['hypothesis', 'pytest', 'ruff', 'scikit-learn', 'SimpleITK', 'tensorboard'],
+        'torch': ['torch>=2.2', 'safetensors>=0.8'],
+        'dicom': ['pydicom>=3', 'pylibjpeg[all]'],
+        'fast': ['isal'],
+        'report': ['jinja2', 'matplotlib'],
+        'text': ['tokenizers>=0.23'],
+        'beam': ['apache-beam>=2.77,<3'],
+        'wandb': ['wandb'],
+        'gcs': ['gcsfs', 'etils[epath-gcs]'],
+        'cuda': ['jax[cuda13]'],
+        'tpu': ['jax[tpu]'],
+    },
+)
