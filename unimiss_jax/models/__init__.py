@@ -4,6 +4,8 @@ from __future__ import annotations
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
+from flax.traverse_util import flatten_dict, unflatten_dict
 
 from unimiss_jax.models.mit import MiTPlus
 
@@ -30,20 +32,26 @@ def build(config) -> nn.Module:
 
 
 def init_params(model: nn.Module, key) -> dict:
-  """All parameters, those of every input rank together.
+  """All parameters of a backbone, those of every input rank together; may be jitted.
 
-  Meant for `jax.jit` or `jax.eval_shape`: the forward passes that name the parameters are then never computed.
+  The whole tree is cut from one draw of normal noise: hundreds of small draws would compile for half a minute.
 
   Args:
-    model: a backbone with `input_shapes()`.
+    model: a backbone with `input_shapes()` and `initial(path, shapes)`.
     key: a jax key.
   """
-  init = nn.init(type(model).__call__, model)                # MiTPlus.init is a field, not Linen's method
-  params = {}
+  init = nn.init(type(model).__call__, model)      # not model.init: that may be a field
+  leaves = {}
   for shape in model.input_shapes():
-    params = _merge(params, init(key, jnp.zeros(shape))['params'])
-  return params
-
-
-def _merge(a, b):
-  return {**a, **{k: _merge(a[k], v) if isinstance(v, dict) and k in a else v for k, v in b.items()}}
+    leaves |= flatten_dict(jax.eval_shape(init, key, jnp.zeros(shape))['params'])
+  shapes = {path: leaf.shape for path, leaf in leaves.items()}
+  laws = {path: model.initial(path, shapes) for path in sorted(leaves)}
+  drawn = [path for path, (law, _) in laws.items() if law != 'constant']
+  ends = np.cumsum([leaves[path].size for path in drawn])
+  noise = jax.random.normal(key, (int(ends[-1]),))
+  params = {path: jnp.full(leaves[path].shape, laws[path][1], leaves[path].dtype) for path in laws}
+  for path, end in zip(drawn, ends):
+    law, scale = laws[path]
+    z = noise[end - leaves[path].size:end].reshape(leaves[path].shape).astype(leaves[path].dtype)
+    params[path] = scale * (z if law == 'normal' else jax.lax.erf(z / 2**0.5))    # erf: normal -> uniform in (-1, 1)
+  return unflatten_dict(params)

@@ -1,12 +1,12 @@
 """Building blocks of the MiT encoders (UniMiSS, ECCV 2022; UniMiSS+, TPAMI 2024), arithmetic as in the released code.
 
 Parameter names are those of the released PyTorch modules, so that porting is a renaming. Statistics, softmax and
-norms run in `promote_types(dtype, float32)`: never narrower than float32.
+norms run in `promote_types(dtype, float32)`: never narrower than float32. Modules only declare their parameters
+(zeros); a backbone's `initial` says how they start.
 """
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from typing import Any
 
 import flax.linen as nn
@@ -16,21 +16,7 @@ import numpy as np
 
 from unimiss_jax.models import conv
 
-normal_02 = nn.initializers.normal(0.02)
-fan_in_normal = nn.initializers.variance_scaling(1.0, 'fan_in', 'normal')
-LINEAR_INITS = {'released': normal_02, 'fan_in': fan_in_normal}   # fan_in is chosen by us: narrow models need it
-
-
-def kaiming_fan_out(key, shape, dtype=jnp.float32):
-  """Normal, std sqrt(2 / (out * prod(k))), also for depthwise kernels; shape [*k, in, out]."""
-  std = math.sqrt(2 / (shape[-1] * math.prod(shape[:-2])))
-  return std * jax.random.normal(key, shape, dtype)
-
-
-def uniform_init(fan_in: int) -> Callable:
-  """Uniform in +-1 / sqrt(fan_in): PyTorch's default for convolutions and their biases."""
-  bound = 1 / math.sqrt(fan_in)
-  return lambda key, shape, dtype=jnp.float32: jax.random.uniform(key, shape, dtype, -bound, bound)
+zeros = nn.initializers.zeros
 
 
 def wide(dtype) -> Any:
@@ -39,51 +25,45 @@ def wide(dtype) -> Any:
 
 
 class Conv(nn.Module):
-  """3^n or 1^n convolution with the padding that keeps the size; kernel_init None = PyTorch's uniform default."""
+  """Convolution with an odd kernel and the padding that keeps the size."""
   features: int
   kernel: tuple
   stride: tuple | None = None
   use_bias: bool = False
-  kernel_init: Callable | None = None
   dtype: Any = jnp.float32
 
   @nn.compact
   def __call__(self, x):
-    fan_in = math.prod(self.kernel) * x.shape[-1]
-    w = self.param('kernel', self.kernel_init or uniform_init(fan_in),
-                   (*self.kernel, x.shape[-1], self.features), wide(self.dtype))
+    w = self.param('kernel', zeros, (*self.kernel, x.shape[-1], self.features), wide(self.dtype))
     y = conv.conv(x.astype(self.dtype), w.astype(self.dtype), self.stride)
     if self.use_bias:
-      y += self.param('bias', uniform_init(fan_in), (self.features,), wide(self.dtype)).astype(self.dtype)
+      y += self.param('bias', zeros, (self.features,), wide(self.dtype)).astype(self.dtype)
     return y
 
 
 class TransposedConv(nn.Module):
-  """Transposed convolution with kernel = stride and a bias; initialised as in PyTorch (fan-in counts the output)."""
+  """Transposed convolution with kernel = stride and a bias."""
   features: int
   stride: tuple
   dtype: Any = jnp.float32
 
   @nn.compact
   def __call__(self, x):
-    init = uniform_init(math.prod(self.stride) * self.features)
-    w = self.param('kernel', init, (*self.stride, x.shape[-1], self.features), wide(self.dtype))
-    b = self.param('bias', init, (self.features,), wide(self.dtype))
+    w = self.param('kernel', zeros, (*self.stride, x.shape[-1], self.features), wide(self.dtype))
+    b = self.param('bias', zeros, (self.features,), wide(self.dtype))
     return conv.transposed_conv(x.astype(self.dtype), w.astype(self.dtype)) + b.astype(self.dtype)
 
 
 class DepthwiseReduce(nn.Module):
   """Depthwise convolution with kernel = stride = ratio on every axis and a bias: the spatial reduction of attention."""
   ratio: int
-  kernel_init: Callable | None = None
   dtype: Any = jnp.float32
 
   @nn.compact
   def __call__(self, x):
     n, c = x.ndim - 2, x.shape[-1]
-    init = uniform_init(self.ratio**n)
-    w = self.param('kernel', self.kernel_init or init, (*(self.ratio,) * n, 1, c), wide(self.dtype))
-    b = self.param('bias', init, (c,), wide(self.dtype))
+    w = self.param('kernel', zeros, (*(self.ratio,) * n, 1, c), wide(self.dtype))
+    b = self.param('bias', zeros, (c,), wide(self.dtype))
     return conv.depthwise_patch_conv(x.astype(self.dtype), w.astype(self.dtype)) + b.astype(self.dtype)
 
 
@@ -95,7 +75,7 @@ class InstanceNorm(nn.Module):
   @nn.compact
   def __call__(self, x):
     scale = self.param('scale', nn.initializers.ones, (x.shape[-1],), wide(self.dtype))
-    bias = self.param('bias', nn.initializers.zeros, (x.shape[-1],), wide(self.dtype))
+    bias = self.param('bias', zeros, (x.shape[-1],), wide(self.dtype))
     wide_x, axes = x.astype(wide(self.dtype)), tuple(range(1, x.ndim - 1))
     mean = wide_x.mean(axes, keepdims=True)
     var = jnp.maximum((wide_x * wide_x).mean(axes, keepdims=True) - mean * mean, 0)
@@ -108,21 +88,24 @@ class ConvBlock(nn.Module):
   features: int
   stride: tuple
   residual: bool = False
-  kernel_init: Callable | None = kaiming_fan_out
   dtype: Any = jnp.float32
 
   @nn.compact
   def __call__(self, x):                                     # [B, *S, C]
     n = x.ndim - 2
-    y = Conv(self.features, (3,) * n, self.stride, kernel_init=self.kernel_init, dtype=self.dtype, name='conv')(x)
+    y = Conv(self.features, (3,) * n, self.stride, dtype=self.dtype, name='conv')(x)
     y = nn.leaky_relu(InstanceNorm(dtype=self.dtype, name='norm')(y), 0.01)
     if not self.residual:
       return y
     if math.prod(self.stride) > 1:
       x = conv.patch_mean(x, self.stride)
     if x.shape[-1] != self.features:
-      x = Conv(self.features, (1,) * n, kernel_init=fan_in_normal, dtype=self.dtype, name='skip')(x)
+      x = Conv(self.features, (1,) * n, dtype=self.dtype, name='skip')(x)
     return y + x
+
+
+def linear(features: int, dtype, name: str, bias: bool = True) -> nn.Dense:
+  return nn.Dense(features, bias, dtype, wide(dtype), name=name)
 
 
 def layer_norm(epsilon: float, dtype, name: str) -> nn.LayerNorm:
@@ -150,21 +133,18 @@ class Attention(nn.Module):
   sr_ratio: int
   cls_token: bool
   qkv_bias: bool = True
-  linear_init: Callable = normal_02
-  sr_init: Callable | None = kaiming_fan_out
   dtype: Any = jnp.float32
 
   @nn.compact
   def __call__(self, x, grid):                               # [B, N, C], N = cls + prod(grid)
     b, _, c = x.shape
     heads, depth = self.num_heads, c // self.num_heads
-    dense = lambda features, name, bias=self.qkv_bias: nn.Dense(
-        features, bias, self.dtype, wide(self.dtype), kernel_init=self.linear_init, name=name)
+    dense = lambda features, name, bias=self.qkv_bias: linear(features, self.dtype, name, bias)
     q = dense(c, 'q')(x).reshape(b, -1, heads, depth)
     if self.sr_ratio > 1:
       first = int(self.cls_token)
       maps = x[:, first:].reshape(b, *grid, c)
-      maps = DepthwiseReduce(self.sr_ratio, self.sr_init, self.dtype, name=f'sr{len(grid)}D')(maps)
+      maps = DepthwiseReduce(self.sr_ratio, self.dtype, name=f'sr{len(grid)}D')(maps)
       x = jnp.concatenate([x[:, :first], maps.reshape(b, -1, c)], 1)
       x = layer_norm(1e-5, self.dtype, 'norm')(x)
     k, v = jnp.moveaxis(dense(2 * c, 'kv')(x).reshape(b, -1, 2, heads, depth), 2, 0)
@@ -176,14 +156,12 @@ class Attention(nn.Module):
 class Mlp(nn.Module):
   """Linear, exact (erf) GELU, Linear."""
   hidden: int
-  linear_init: Callable = normal_02
   dtype: Any = jnp.float32
 
   @nn.compact
   def __call__(self, x):
-    dense = lambda features, name: nn.Dense(
-        features, dtype=self.dtype, param_dtype=wide(self.dtype), kernel_init=self.linear_init, name=name)
-    return dense(x.shape[-1], 'fc2')(nn.gelu(dense(self.hidden, 'fc1')(x), approximate=False))
+    hidden = nn.gelu(linear(self.hidden, self.dtype, 'fc1')(x), approximate=False)
+    return linear(x.shape[-1], self.dtype, 'fc2')(hidden)
 
 
 class Block(nn.Module):
@@ -196,8 +174,6 @@ class Block(nn.Module):
   qkv_bias: bool = True
   drop_path: float = 0.
   epsilon: float = 1e-6
-  linear_init: Callable = normal_02
-  sr_init: Callable | None = kaiming_fan_out
   dtype: Any = jnp.float32
 
   @nn.compact
@@ -210,10 +186,9 @@ class Block(nn.Module):
       else:
         keys = jax.vmap(lambda key: jax.random.fold_in(key, 2 * self.index + branch))(row_keys)
       return drop_path(y, self.drop_path, keys)
-    attention = Attention(self.num_heads, self.sr_ratio, self.cls_token, self.qkv_bias, self.linear_init,
-                          self.sr_init, self.dtype, name='attn')
+    attention = Attention(self.num_heads, self.sr_ratio, self.cls_token, self.qkv_bias, self.dtype, name='attn')
     x = x + drop(attention(layer_norm(self.epsilon, self.dtype, 'norm1')(x), grid), 0)
-    mlp = Mlp(int(x.shape[-1] * self.mlp_ratio), self.linear_init, self.dtype, name='mlp')
+    mlp = Mlp(int(x.shape[-1] * self.mlp_ratio), self.dtype, name='mlp')
     return x + drop(mlp(layer_norm(self.epsilon, self.dtype, 'norm2')(x)), 1)
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import re
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -83,11 +84,6 @@ class Trunk(nn.Module):
     total = np.cumprod(self.strides(len(size)), axis=0)
     return [tuple(int(s) for s in np.asarray(size) // t) for t in total]
 
-  def linear_init(self):
-    if self.init not in layers.LINEAR_INITS:
-      raise ValueError(f'model.init={self.init!r}: known are {", ".join(layers.LINEAR_INITS)}')
-    return layers.LINEAR_INITS[self.init]
-
   def check(self, size, channels: int):
     """Raises ValueError, naming the nearest valid size, for an input the strides do not divide or that is too small."""
     if self.pos_interp != 'grid':
@@ -109,7 +105,7 @@ class Encoder(Trunk):
 
   @nn.compact
   def __call__(self, x, train=False, row_keys=None):
-    n, depths, linear_init = x.ndim - 2, np.cumsum([0, *self.depths]), self.linear_init()
+    n, depths = x.ndim - 2, np.cumsum([0, *self.depths])
     rates = np.linspace(0, self.encoder_drop_path, depths[-1])
     strides, grids = self.strides(n), self.grids(x.shape[1:-1])
     native = self.grids(self.native_size(n))
@@ -118,7 +114,7 @@ class Encoder(Trunk):
       return layers.ConvBlock(features, stride, residual, dtype=self.dtype, name=name)(x)
 
     if self.cls_token:
-      cls = self.param('cls_tokens1', layers.normal_02, (1, 1, self.embed_dims[2]), layers.wide(self.dtype))
+      cls = self.param('cls_tokens1', layers.zeros, (1, 1, self.embed_dims[2]), layers.wide(self.dtype))
       cls = jnp.broadcast_to(cls.astype(self.dtype), (len(x), *cls.shape[1:]))
     plain = (1,) * n
     x = unit(x.astype(self.dtype), self.embed_dims[0], plain, f'ConvBlock{n}D0_0', False)
@@ -132,15 +128,14 @@ class Encoder(Trunk):
       tokens = x.reshape(len(x), -1, dim)                    # [B, N, C]
       if self.cls_token:
         if stage > 1:
-          cls = nn.Dense(dim, dtype=self.dtype, param_dtype=layers.wide(self.dtype), kernel_init=linear_init,
-                         name=f'cls_tokens{stage}')(cls)
+          cls = layers.linear(dim, self.dtype, f'cls_tokens{stage}')(cls)
         tokens = jnp.concatenate([cls, tokens], 1)
       tokens += positions(self, f'pos_embed{n}D{stage}', dim, native[stage], grids[stage], self.cls_token)
       for i in range(self.depths[stage - 1]):
         index = int(depths[stage - 1]) + i
         tokens = layers.Block(
             self.num_heads[stage - 1], self.mlp_ratio, self.sr_ratios[stage - 1], index, self.cls_token,
-            drop_path=float(rates[index]), linear_init=linear_init, dtype=self.dtype,
+            drop_path=float(rates[index]), dtype=self.dtype,
             name=f'block{stage}_{i}')(tokens, grids[stage], train, row_keys)
       cls, x = tokens[:, :self.cls_token], tokens[:, int(self.cls_token):]
       mean = x.mean(1)
@@ -169,14 +164,12 @@ class UpEmbed(nn.Module):
   """Transposed convolution, then a conv block."""
   features: int
   stride: tuple
-  kernel_init: Any
   dtype: Any
 
   @nn.compact
   def __call__(self, x):
     x = layers.TransposedConv(self.features, self.stride, self.dtype, name='proj')(x)
-    return layers.ConvBlock(self.features, (1,) * len(self.stride), kernel_init=self.kernel_init, dtype=self.dtype,
-                            name='proj1')(x)
+    return layers.ConvBlock(self.features, (1,) * len(self.stride), dtype=self.dtype, name='proj1')(x)
 
 
 class MiTPlus(Trunk):
@@ -199,6 +192,32 @@ class MiTPlus(Trunk):
     """One image and one volume of native size: together they touch every parameter."""
     return tuple((1, *self.native_size(n), self.in_channels[n - 2]) for n in (2, 3))
 
+  def initial(self, path: tuple, shapes: dict) -> tuple[str, float]:
+    """How a parameter starts: ('constant', value), ('normal', std) or ('uniform', bound).
+
+    Args:
+      path: names from the root to the parameter.
+      shapes: path -> shape of all parameters.
+    """
+    if self.init not in ('released', 'fan_in'):
+      raise ValueError(f"model.init={self.init!r}: known are 'released', 'fan_in'")
+    kernel = shapes.get((*path[:-1], 'kernel'), ())          # of the same layer; norms have none
+    if path[-1] in ('scale', 'bias') and len(kernel) <= 2:
+      return 'constant', float(path[-1] == 'scale')
+    if path[-1] not in ('kernel', 'bias'):                   # class token, position tables
+      return 'normal', 0.02
+    *taps, fan_in, out = kernel
+    taps = math.prod(taps)
+    if len(kernel) == 2:
+      return 'normal', 0.02 if self.init == 'released' else fan_in**-0.5
+    if path[-2] == 'skip':
+      return 'normal', fan_in**-0.5
+    transposed = re.search('TransposeConv|DecEmbed.*/proj/', '/'.join(path))
+    kaiming = path[0] == 'transformer' or len(kernel) == 5   # the decoder's 2-D ones keep PyTorch's default
+    if path[-1] == 'kernel' and kaiming and not transposed:
+      return 'normal', (2 / (taps * out))**0.5
+    return 'uniform', (taps * (out if transposed else fan_in))**-0.5
+
   @nn.compact
   def _run(self, x, train, decode, row_keys):
     n = x.ndim - 2
@@ -210,22 +229,19 @@ class MiTPlus(Trunk):
     if not decode:
       return embedding, pyramid, None, None
 
-    # In the released code the decoder's 2-D convolutions keep PyTorch's default initialiser, its 3-D ones do not.
-    kernel_init = None if n == 2 else layers.kaiming_fan_out
     native, strides = self.grids(self.native_size(n)), self.strides(n)
     rates, index = np.linspace(0, self.decoder_drop_path, sum(self.decoder_depths)), 0
     x, maps = pyramid[-1], []
     for stage, skip, stride in zip((1, 2, 3), pyramid[4:1:-1], strides[:1:-1]):
       dim = self.decoder_dims[stage - 1]
-      x = UpEmbed(dim, stride, kernel_init, self.dtype, name=f'DecEmbed{n}D{stage}')(x) + skip
+      x = UpEmbed(dim, stride, self.dtype, name=f'DecEmbed{n}D{stage}')(x) + skip
       grid, tokens = x.shape[1:-1], x.reshape(len(x), -1, dim)
       tokens += positions(self, f'DecPosEmbed{n}D{stage}', dim, native[4 - stage], grid, False)
       for i in range(self.decoder_depths[stage - 1]):
         tokens = layers.Block(
             self.decoder_heads[stage - 1], self.mlp_ratio, self.decoder_sr_ratios[stage - 1],
             sum(self.depths) + index, False, qkv_bias=False, drop_path=float(rates[index]), epsilon=1e-5,
-            linear_init=self.linear_init(), sr_init=kernel_init, dtype=self.dtype,
-            name=f'Decblock{stage}_{i}')(tokens, grid, train, row_keys)
+            dtype=self.dtype, name=f'Decblock{stage}_{i}')(tokens, grid, train, row_keys)
         index += 1
       if stage == 3:
         tokens = layers.layer_norm(1e-5, self.dtype, 'norm')(tokens)
@@ -234,17 +250,16 @@ class MiTPlus(Trunk):
     up = lambda features, stride, i: layers.TransposedConv(
         features, stride, self.dtype, name=f'TransposeConv{n}D{i}')(x)
     x = up(self.decoder_dims[3], strides[1], 1) + pyramid[1]
-    x = layers.ConvBlock(self.decoder_dims[3], (1,) * n, kernel_init=kernel_init, dtype=self.dtype,
-                         name=f'DeConvBlock{n}D1')(x)
+    x = layers.ConvBlock(self.decoder_dims[3], (1,) * n, dtype=self.dtype, name=f'DeConvBlock{n}D1')(x)
     maps.append(x)
     x = up(self.decoder_dims[4], strides[0], 2) + pyramid[0]
     maps.append(x)
-    reconstruction = layers.Conv(self.in_channels[n - 2], (1,) * n, use_bias=True, kernel_init=kernel_init,
-                                 dtype=self.dtype, name=f'recon_conv{n}D')(x)
+    reconstruction = layers.Conv(self.in_channels[n - 2], (1,) * n, use_bias=True, dtype=self.dtype,
+                                 name=f'recon_conv{n}D')(x)
     return embedding, pyramid, tuple(maps), reconstruction
 
 
 def positions(module, name, dim, native, grid, cls_token):
   """The module's position table `name`, made for the native grid, on this grid."""
-  table = module.param(name, layers.normal_02, (1, int(cls_token) + math.prod(native), dim), layers.wide(module.dtype))
+  table = module.param(name, layers.zeros, (1, int(cls_token) + math.prod(native), dim), layers.wide(module.dtype))
   return layers.resize_positions(table, native, grid, cls_token).astype(module.dtype)
