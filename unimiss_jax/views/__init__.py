@@ -1,0 +1,1 @@
+"""Augmented views of volumes and radiographs: pure functions of (array, parameters), numpy or jax."""

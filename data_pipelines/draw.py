@@ -1,0 +1,205 @@
+"""The random numbers of a view: everything that augmentation decides, as plain arrays.
+
+Drawing is apart from applying, so that a view depends on the generator alone (keyed by seed and stream
+position) and host and device apply the same numbers. Distributions are those of the released UniMiSS+
+code (batchgenerators for CT, torchvision for 2D); `extent='record'`, gamma and noise of 2D views, source
+jitter and paired windows are ours. One rule differs: a volume is padded to the size of a view where it is
+smaller, not to 256 x 256.
+
+All functions return {group: {name: array}} with a leading axis of views (2; centre views 1); groups are
+'ct', 'drr' or 'xray', names and units those of `unimiss_jax.views` and of `drr.geometry.camera`.
+"""
+import numpy as np
+
+from unimiss_jax.drr import geometry
+
+ATTEMPTS = 10    # of a random-resized crop, before the largest allowed central one is taken
+
+
+def ct_pair(rng, config, shape, spacing_mm, whole_shape=None, whole_spacing_mm=None) -> dict:
+  """Two CT views and two DRR views of one record.
+
+  Args:
+    rng: np.random.Generator.
+    config: the run config; reads views.ct, views.drr, drr.
+    shape: of the tile `[D, H, W]`.
+    spacing_mm: of the tile, (z, y, x).
+    whole_shape, whole_spacing_mm: of the scan that is projected with drr.scope='volume'.
+
+  Raises:
+    ValueError: scope='volume' without the whole scan; paired windows where the tile is not the whole.
+  """
+  cfg = config.views.ct
+  ct = dict(_boxes(rng, cfg, shape), flip=rng.random((2, 3)) < cfg.flip_p, **_intensities(rng, cfg))
+  field = _field(config, shape, spacing_mm, whole_shape, whole_spacing_mm)
+  if config.drr.paired_window:
+    window = _paired(config, ct, shape, spacing_mm, whole_shape, whole_spacing_mm)
+  else:
+    window = _windows(rng, config.views.drr, field)
+  jitter = config.drr.source_jitter_mm
+  drr = dict(window, offset_mm=rng.uniform(-jitter, jitter, (2, 2)), **_photometry(rng, config.views.drr))
+  return {'ct': ct, 'drr': drr}
+
+
+def xray_pair(rng, config, shape) -> dict:
+  """Two views of one radiograph `[H, W]`: random-resized crops on whole pixels."""
+  cfg = config.views.xray
+  boxes = [_random_resized(rng, cfg, shape, whole=True) for _ in range(2)]
+  flip = np.stack([np.zeros(2, bool), rng.random(2) < cfg.flip_p], 1)    # left-right only
+  return {'xray': dict(box_start=np.array([b[0] for b in boxes], np.float32),
+                       box_size=np.array([b[1] for b in boxes], np.float32), flip=flip, **_photometry(rng, cfg))}
+
+
+def ct_centre(config, shape, spacing_mm, whole_shape=None, whole_spacing_mm=None) -> dict:
+  """The plain centre view, for evaluation: no augmentation, one view.
+
+  CT: the whole record (extent='record') or a central box of the output's size. DRR: the largest central
+  window of an allowed aspect.
+  """
+  cfg = config.views.ct
+  size = np.array(shape if cfg.extent == 'record' else cfg.size)
+  start = -((size - shape) // 2)
+  depth = cfg.size[0]
+  neutral = dict(blur_sigma=0, mul=1, add=0, contrast=1, gamma=1)
+  ct = dict(box_start=start[None].astype(np.float32), box_size=size[None].astype(np.float32),
+            flip=np.zeros((1, 3), bool), noise_std=np.zeros(1, np.float32), noise_key=np.zeros((1, 2), np.uint32),
+            **{k: np.full((1, depth), v, np.float32) for k, v in neutral.items()})
+  _, size_mm = _largest(_field(config, shape, spacing_mm, whole_shape, whole_spacing_mm), config.views.drr.ratio)
+  drr = dict(center_mm=np.zeros((1, 2)), pitch_mm=np.array(size_mm)[None] / config.views.drr.size,
+             offset_mm=np.zeros((1, 2)), **_plain())
+  return {'ct': ct, 'drr': drr}
+
+
+def xray_centre(config, shape) -> dict:
+  """The largest central crop of an allowed aspect, without augmentation, one view."""
+  start, size = _largest(shape, config.views.xray.ratio)
+  size = np.round(size)
+  start = np.floor((np.array(shape) - size) / 2)
+  return {'xray': dict(box_start=start[None].astype(np.float32), box_size=size[None].astype(np.float32),
+                       flip=np.zeros((1, 2), bool), **_plain())}
+
+
+def _boxes(rng, cfg, shape) -> dict:
+  """Boxes of the two CT views in voxels; they may reach beyond a volume that is too small."""
+  shape, out = np.array(shape), np.array(cfg.size)
+  if cfg.extent == 'record':
+    size = rng.uniform(*cfg.scale, (2, 3)) * shape
+    start = rng.random((2, 3)) * (shape - size)
+  elif cfg.extent == 'output':
+    lack = np.maximum(out - shape, 0)    # padding: both sides of the depth, the end in-plane
+    room = shape[1:] + lack[1:]
+    block = _crop_size(rng, cfg.precrop, out[1:], room, 1) if any(cfg.precrop) else room[None]
+    corner = rng.integers(0, room - block + 1)
+    size = _crop_size(rng, cfg.scale, out[1:], block[0], 2)
+    start = corner + rng.integers(0, block - size + 1)
+    depth = rng.integers(0, shape[0] + lack[0] - out[0] + 1, 2) - lack[0] // 2
+    start, size = np.column_stack([depth, start]), np.column_stack([np.full(2, out[0]), size])
+  else:
+    raise ValueError(f'views.ct.extent "{cfg.extent}" unknown: use output or record')
+  return dict(box_start=start.astype(np.float32), box_size=size.astype(np.float32))
+
+
+def _crop_size(rng, factors, out, room, views: int):
+  """`[views, 2]` whole pixels: out * U(factors); where that does not fit, the size of the output."""
+  size = (out * rng.uniform(*factors, (views, 2))).astype(int)
+  return np.where(size >= room, out, size)
+
+
+def _intensities(rng, cfg) -> dict:
+  """Per-slice parameters `[2, D]` of the CT operations; with aug_unit='volume' all slices share one draw."""
+  depth = cfg.size[0]
+  n = depth if cfg.aug_unit == 'slice' else 1
+  of_sample = lambda p: (rng.random(2) < p)[:, None]
+  of_unit = lambda p: rng.random((2, n)) < np.array(p)[:, None]
+
+  def per_slice(on, value, neutral):
+    return np.broadcast_to(np.where(on, value, neutral), (2, depth)).astype(np.float32)
+
+  return dict(
+      noise_std=rng.uniform(*cfg.noise_std, 2).astype(np.float32),
+      noise_key=rng.integers(0, 2 ** 32, (2, 2), np.uint32),
+      blur_sigma=per_slice(of_sample(cfg.blur_p) & of_unit(cfg.blur_unit_p), rng.uniform(*cfg.blur_sigma, (2, n)), 0),
+      mul=per_slice(of_sample(cfg.mul_p), rng.uniform(*cfg.mul, (2, n)), 1),
+      add=per_slice(of_sample(cfg.add_p) & of_unit(cfg.add_unit_p), rng.normal(0, cfg.add_std, (2, n)), 0),
+      contrast=per_slice(of_sample(cfg.contrast_p), _about_one(rng, cfg.contrast, (2, n)), 1),
+      gamma=per_slice(of_sample(cfg.gamma_p), _about_one(rng, cfg.gamma, (2, n)), 1))
+
+
+def _photometry(rng, cfg) -> dict:
+  """Parameters `[2]` of `views.image.photometric`."""
+  jitter = rng.random(2) < cfg.jitter_p
+
+  def factor(extent):
+    return np.where(jitter, rng.uniform(max(0., 1 - extent), 1 + extent, 2), 1).astype(np.float32)
+
+  return dict(
+      brightness=factor(cfg.brightness), contrast=factor(cfg.contrast), contrast_first=rng.random(2) < .5,
+      gamma=np.where(rng.random(2) < cfg.gamma_p, _about_one(rng, cfg.gamma, 2), 1).astype(np.float32),
+      noise_std=rng.uniform(*cfg.noise_std, 2).astype(np.float32),
+      noise_key=rng.integers(0, 2 ** 32, (2, 2), np.uint32),
+      blur_sigma=np.where(rng.random(2) < cfg.blur_p, rng.uniform(*cfg.blur_sigma, 2), 0).astype(np.float32))
+
+
+def _plain() -> dict:
+  """Photometry that changes nothing, one view."""
+  one, zero = np.ones(1, np.float32), np.zeros(1, np.float32)
+  return dict(brightness=one, contrast=one, contrast_first=np.zeros(1, bool), gamma=one, noise_std=zero,
+              noise_key=np.zeros((1, 2), np.uint32), blur_sigma=zero)
+
+
+def _about_one(rng, limits, shape):
+  """Half of the draws uniform below 1, half above."""
+  low, high = limits
+  return np.where(rng.random(shape) < .5, rng.uniform(min(low, 1), 1, shape), rng.uniform(1, max(high, 1), shape))
+
+
+def _field(config, shape, spacing_mm, whole_shape, whole_spacing_mm) -> tuple[float, float]:
+  if config.drr.scope == 'volume':
+    if whole_shape is None or whole_spacing_mm is None:
+      raise ValueError('drr.scope is "volume" but the record has no whole scan: use drr.scope=subvolume or '
+                       'records with whole and whole_spacing_mm')
+    shape, spacing_mm = whole_shape, whole_spacing_mm
+  elif config.drr.scope != 'subvolume':
+    raise ValueError(f'drr.scope "{config.drr.scope}" unknown: use subvolume or volume')
+  return geometry.field(config.drr.view, shape, spacing_mm, config.drr.sod_mm)
+
+
+def _windows(rng, cfg, field) -> dict:
+  """Random-resized crops of the DRR field as geometry; a mirrored view has a negative column pitch."""
+  boxes = [_random_resized(rng, cfg, field) for _ in range(2)]
+  center = [np.add(start, np.divide(size, 2)) - np.divide(field, 2) for start, size in boxes]
+  sign = np.stack([np.ones(2), np.where(rng.random(2) < cfg.flip_p, -1, 1)], 1)
+  return dict(center_mm=np.array(center), pitch_mm=sign * [b[1] for b in boxes] / cfg.size)
+
+
+def _paired(config, ct, shape, spacing_mm, whole_shape, whole_spacing_mm) -> dict:
+  """The physical window of each CT view, with its flips."""
+  extent = np.multiply(shape, spacing_mm)
+  if config.drr.scope == 'volume' and not np.allclose(extent, np.multiply(whole_shape, whole_spacing_mm), rtol=.01):
+    raise ValueError('drr.paired_window needs to know where the tile lies in the whole scan: use drr.scope=subvolume')
+  displayed = list(geometry.VIEWS[config.drr.view].axes[1:])
+  center = (ct['box_start'] + ct['box_size'] / 2 - np.array(shape) / 2) * spacing_mm
+  pitch = np.where(ct['flip'], -1, 1) * ct['box_size'] * spacing_mm / config.views.drr.size
+  return dict(center_mm=-center[:, displayed], pitch_mm=pitch[:, displayed])    # the display runs against the axes
+
+
+def _random_resized(rng, cfg, field, whole: bool = False):
+  """(start, size) of a crop of a field (height, width): area share uniform, aspect log-uniform (torchvision)."""
+  field = np.array(field)
+  for _ in range(ATTEMPTS):
+    area = field.prod() * rng.uniform(*cfg.scale)
+    aspect = np.exp(rng.uniform(*np.log(cfg.ratio)))    # width / height
+    size = np.sqrt([area / aspect, area * aspect])
+    size = np.round(size) if whole else size
+    if (size <= field).all() and size.all():
+      return (rng.integers(0, field - size + 1) if whole else rng.random(2) * (field - size)), size
+  start, size = _largest(field, cfg.ratio)
+  return (np.floor(start), np.round(size)) if whole else (start, size)
+
+
+def _largest(field, ratio):
+  """(start, size) of the largest central window whose width / height lies within `ratio`."""
+  field = np.array(field, float)
+  aspect = np.clip(field[1] / field[0], *ratio)
+  size = np.minimum(field, [field[1] / aspect, field[0] * aspect])
+  return (field - size) / 2, size

@@ -1,0 +1,124 @@
+"""A view of a CT volume: crop, flip and resize, then the six intensity operations of UniMiSS+.
+
+The operations and their order are those of the released code (batchgenerators transforms with the slices
+as channels); what they draw comes as parameters, so that a view is a pure function. All intensities are
+HU / 1024. numpy in, numpy out; jax in, jax out.
+"""
+import numpy as np
+
+from unimiss_jax.drr.geometry import array_namespace
+from unimiss_jax.views import matrices
+
+SCALE = 1024.                # HU per unit of intensity
+HU_RANGE = -1024, 3071       # 12 bits: what lies outside is padding or metal
+TRUNCATE = 4.                # of the Gaussian, in sigmas
+
+
+def view(volume, params, cfg):
+  """One augmented view `[D, H, W]` float32 of a volume `[D', H', W']` in HU.
+
+  Args:
+    volume: HU, any number type.
+    params: of one view, as `data_pipelines.draw` makes them:
+      box_start, box_size `[3]` in voxels (what lies outside the volume is cfg.pad_hu), flip `[3]`,
+      noise_std, noise_key `[2]` uint32, and per output slice `[D]`: blur_sigma, mul, add, contrast, gamma,
+      whose neutral values are 0, 1, 0, 1, 1.
+    cfg: the leaves views.ct (size, resize, pad_hu, aug_unit, gamma_stats, blur_sigma).
+  """
+  x = crop_resize(volume, params['box_start'], params['box_size'], params['flip'], cfg.size, cfg.resize, cfg.pad_hu)
+  x = noise(x, params['noise_std'], params['noise_key'])
+  x = blur(x, params['blur_sigma'], cfg.blur_sigma[1])
+  x = x * _column(params['mul']) + _column(params['add'])
+  x = contrast(x, params['contrast'], cfg.aug_unit)
+  return gamma(x, params['gamma'], cfg.aug_unit, cfg.gamma_stats)
+
+
+def crop_resize(volume, start, size, flip, out, kind: str, pad_hu: float):
+  """The box of a volume, `[*out]` float32 in HU / 1024; HU are clipped to -1024 ... 3071.
+
+  Args:
+    volume: `[D', H', W']` HU.
+    start, size: `[3]` in voxels; the box may reach beyond the volume.
+    flip: `[3]` booleans.
+    out: shape of the view.
+    kind: 'linear' or 'area'.
+    pad_hu: value beyond the volume.
+  """
+  xp = array_namespace(volume, start, size, flip)
+  if xp is np:    # only what the box sees
+    low = np.clip(np.floor(start), 0, volume.shape).astype(int)
+    high = np.clip(np.ceil(np.add(start, size)), low, volume.shape).astype(int)
+    volume, start = volume[tuple(slice(a, b) for a, b in zip(low, high))], start - low
+  maps = [matrices.resize(kind, start[i], size[i], volume.shape[i], out[i], flip[i]) for i in range(3)]
+  # With the padding as zero, voxels beyond the volume need not exist.
+  x = xp.clip(volume, *HU_RANGE).astype(np.float32) - np.float32(pad_hu)
+  x = xp.matmul(xp.matmul(maps[1] / SCALE, x), maps[2].T)
+  x = xp.tensordot(maps[0], x, 1)
+  return x + np.float32(pad_hu / SCALE)
+
+
+def noise(x, std, key):
+  """Adds white Gaussian noise drawn from `key` `[2]` uint32. numpy and jax draw different noise of one law."""
+  if array_namespace(x, std, key) is np:
+    draw = np.random.Generator(np.random.Philox(key=int(key[0]) << 32 | int(key[1])))
+    return x + np.float32(std) * draw.standard_normal(x.shape, np.float32)
+  import jax
+  return x + std * jax.random.normal(jax.random.wrap_key_data(key, impl='threefry2x32'), x.shape)
+
+
+def blur(x, sigma, max_sigma: float):
+  """In-plane Gaussian of `sigma` `[D]` pixels per slice (0 = none), as scipy `gaussian_filter` in 2D.
+
+  Edges are mirrored and filters end at 4 sigma; `max_sigma` bounds sigma, so that shapes are static.
+  """
+  xp = array_namespace(x, sigma)
+  radius = int(TRUNCATE * max_sigma + .5)
+  which = np.flatnonzero(sigma) if xp is np else slice(None)
+  rows, cols = (matrices.blur(sigma[which], n, radius, 'half', TRUNCATE) for n in x.shape[1:])
+  y = xp.matmul(xp.matmul(rows, x[which]), cols)    # the matrices are symmetric up to rounding
+  if xp is not np:
+    return y
+  x = x.copy()
+  x[which] = y
+  return x
+
+
+def contrast(x, factor, unit: str = 'slice'):
+  """Spreads about the mean of each unit ('slice' or 'volume') by `factor` `[D]`, clipped to its range."""
+  xp, axes = array_namespace(x, factor), _axes(unit)
+  mean, low, high = x.mean(axes, keepdims=True), x.min(axes, keepdims=True), x.max(axes, keepdims=True)
+  return xp.clip((x - mean) * _column(factor) + mean, low, high)
+
+
+def gamma(x, exponent, unit: str = 'slice', stats: str = 'fixed'):
+  """Power law on the range of each unit; mean and standard deviation are then restored.
+
+  Args:
+    x: `[D, H, W]`.
+    exponent: `[D]`; slices of exponent 1 stay as they are.
+    unit: 'slice' or 'volume'.
+    stats: 'fixed'; 'bg0197' restores the mean before the deviation, so that the mean is scaled with it, as
+      batchgenerators 0.19.7 does.
+  """
+  xp, axes = array_namespace(x, exponent), _axes(unit)
+  exponent = _column(exponent)
+  low, mean, std = x.min(axes, keepdims=True), x.mean(axes, keepdims=True), x.std(axes, keepdims=True)
+  extent = x.max(axes, keepdims=True) - low + np.float32(1e-7)
+  y = ((x - low) / extent) ** exponent
+  y = y * extent + low
+  scale = std / (y.std(axes, keepdims=True) + np.float32(1e-8))
+  if stats == 'bg0197':
+    y = (y - y.mean(axes, keepdims=True) + mean) * scale
+  else:
+    y = (y - y.mean(axes, keepdims=True)) * scale + mean
+  return xp.where(exponent == 1, x, y)
+
+
+def _axes(unit: str):
+  if unit not in ('slice', 'volume'):
+    raise ValueError(f'aug_unit "{unit}" unknown: use slice or volume')
+  return (1, 2) if unit == 'slice' else (0, 1, 2)
+
+
+def _column(per_slice):    # [D] -> [D, 1, 1]
+  return per_slice[:, None, None]
