@@ -1,0 +1,72 @@
+"""Contrastive losses: symmetric InfoNCE of pairs (CLIP, Radford et al. 2021) and NT-Xent of two views (SimCLR, Chen
+et al. 2020). Under plain `jit` every row of the global batch is a negative, however the batch is sharded."""
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+
+
+def standardize(z, eps: float = 1e-8):
+  """[N, D] -> zero mean and unit std of every dimension over the (global) batch; removes what all samples share."""
+  z = z.astype(jnp.promote_types(z.dtype, jnp.float32))
+  z = z - z.mean(0)
+  return z * jax.lax.rsqrt((z * z).mean(0) + eps)
+
+
+def nt_xent(z, temperature: float):
+  """NT-Xent: every view must find the other view of its instance among the 2B - 1 others.
+
+  Args:
+    z: [2, B, D], L2-normalised here.
+    temperature: divides the cosines.
+
+  Returns:
+    Mean over the 2B views; ln(2B - 1) for a model that tells nothing apart.
+  """
+  z = _unit(z.reshape(-1, z.shape[-1]))
+  n = len(z)
+  scores = jnp.where(jnp.eye(n, dtype=bool), -jnp.inf, z @ z.T / temperature)
+  positive = jnp.roll(jnp.arange(n), n // 2)
+  return -jax.nn.log_softmax(scores)[jnp.arange(n), positive].mean()
+
+
+def info_nce(image, text, log_scale, valid=None, report_id=None, axis_name=None):
+  """Symmetric InfoNCE: mean of image -> text and text -> image; ln(B) for a model that tells nothing apart.
+
+  Args:
+    image, text: [B, D], row i of one belongs to row i of the other; L2-normalised here.
+    log_scale: logarithm of what multiplies the cosines (minus the log of a temperature).
+    valid: [B] bool; rows without are neither queries nor candidates.
+    report_id: [B] integers; rows of equal id are positives of each other, the mean of their log-likelihoods counts.
+    axis_name: mesh axis under `shard_map`: candidates are gathered from all devices, the loss is the global one.
+      None: the rows given are the whole batch (plain `jit`, sharded or not).
+
+  Returns:
+    Scalar.
+  """
+  image, text = _unit(image), _unit(text)
+  b = len(image)
+  valid = jnp.ones(b, bool) if valid is None else valid
+  if axis_name is None:
+    gather, total, first = (lambda x: x), (lambda x: x), 0
+  else:
+    gather = lambda x: jax.lax.all_gather(x, axis_name, tiled=True)
+    total, first = lambda x: jax.lax.psum(x, axis_name), jax.lax.axis_index(axis_name) * b
+  candidates = gather(valid)
+  if report_id is None:
+    positive = first + jnp.arange(b)[:, None] == jnp.arange(len(candidates))
+  else:
+    positive = report_id[:, None] == gather(report_id)
+  positive &= candidates
+  scale = jnp.exp(log_scale)
+
+  def one_way(queries, keys):
+    scores = jnp.where(candidates, scale * queries @ gather(keys).T, -jnp.inf)
+    log_p = jnp.where(positive, jax.nn.log_softmax(scores), 0).sum(-1) / jnp.maximum(positive.sum(-1), 1)
+    return total(-jnp.where(valid, log_p, 0).sum()) / jnp.maximum(total(valid.sum()), 1)
+  return (one_way(image, text) + one_way(text, image)) / 2
+
+
+def _unit(x):
+  x = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+  return x * jax.lax.rsqrt(jnp.maximum((x * x).sum(-1, keepdims=True), 1e-24))

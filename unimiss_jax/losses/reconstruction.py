@@ -1,0 +1,18 @@
+"""Reconstruction of the network's own input, as in UniMiSS+: MSE of the sigmoid against an image in [0, 1]."""
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+
+
+def minmax(x, eps: float, axes):
+  """(x - min) / max(max - min, eps) over `axes`, per sample: a constant crop gives zeros (NaN with eps = 0)."""
+  x = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+  low, high = x.min(axes, keepdims=True), x.max(axes, keepdims=True)
+  return (x - low) / jnp.maximum(high - low, eps)
+
+
+def sigmoid_mse(raw, target):
+  """Mean over all elements of (sigmoid(raw) - target)^2; no gradient reaches the target."""
+  raw = raw.astype(jnp.promote_types(raw.dtype, jnp.float32))
+  return jnp.mean((jax.nn.sigmoid(raw) - jax.lax.stop_gradient(target))**2)
