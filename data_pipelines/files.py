@@ -1,0 +1,90 @@
+"""Folders and glob patterns -> sorted lists of samples, and the lines that a user sees while they are read."""
+import collections
+import glob
+import os
+import sys
+import time
+from typing import NamedTuple
+
+from etils import epath
+
+from data_pipelines.errors import DataError
+
+VOLUMES = ('.nii.gz', '.nii', '.hdr.gz', '.hdr', '.img.gz', '.img')
+IMAGES = ('.png', '.jpg', '.jpeg')
+SUFFIXES = {'volume': VOLUMES, 'image': IMAGES}
+
+
+class Found(NamedTuple):
+  files: list[str]    # sorted; a .hdr/.img pair is one entry, its header
+  others: str         # what else lies there: '3 *.csv, 12 *.dcm'
+
+
+def find(spec: str, kind: str, leaf: str) -> Found:
+  """All samples below folders (recursively) or matching glob patterns (`**` = any depth); hidden files are left out.
+
+  Args:
+    spec: folders, patterns or files, separated by commas.
+    kind: 'volume' or 'image'.
+    leaf: the config leaf that holds spec, for the message.
+
+  Raises:
+    DataError: EMPTY_DIR with counts of what was found instead.
+  """
+  every = sorted({f for part in spec.split(',') if part.strip() for f in _expand(part.strip())})
+  samples, others = {}, collections.Counter()
+  for path in every:
+    suffix = next((s for s in SUFFIXES[kind] if path.lower().endswith(s)), None)
+    if suffix is None:
+      others['*' + os.path.splitext(path)[1].lower()] += 1
+    elif suffix[:4] in ('.hdr', '.img'):    # 'x.hdr' sorts before 'x.img'
+      samples.setdefault(path[:-len(suffix)] + '.hdr', path)
+    else:
+      samples[path] = path
+  others = ', '.join(f'{n} {suffix}' for suffix, n in sorted(others.items()))
+  if not samples:
+    wanted = ', '.join(SUFFIXES[kind])
+    raise DataError('EMPTY_DIR', spec, f'no readable {kind} (found {others or "nothing"}; {kind}s end in {wanted})',
+                    f'point {leaf} at a folder with {kind}s; convert DICOM series to NIfTI first')
+  return Found(list(samples.values()), others)
+
+
+def _expand(part: str) -> list[str]:
+  if '://' in part:    # an object store
+    scheme, _, inside = part.partition('://')
+    bucket, _, pattern = (inside if '*' in inside else inside.rstrip('/') + '/**/*').partition('/')
+    return [os.fspath(p) for p in epath.Path(f'{scheme}://{bucket}').glob(pattern) if '.' in p.name.strip('.')]
+  part = os.path.expanduser(part)
+  out = []
+  for match in [part] if os.path.exists(part) else glob.glob(part, recursive=True):
+    below = glob.glob(os.path.join(glob.escape(match), '**', '*'), recursive=True) if os.path.isdir(match) else [match]
+    out += [f for f in below if os.path.isfile(f)]
+  return out
+
+
+def say(line: str) -> None:
+  print(line, file=sys.stderr, flush=True)
+
+
+def warn(error: DataError, consequence: str) -> None:
+  """The one line of a file that is passed over."""
+  say(f'WARN {error.code} {error.path}: {error.reason}; {consequence}. FIX: {error.remedy}')
+
+
+class Progress:
+  """Done, total, rate and time left on stderr, for work that takes more than 2 seconds."""
+
+  def __init__(self, what: str, total: int):
+    self.what, self.total, self.done = what, total, 0
+    self.began = time.monotonic()
+    self.shown = self.began    # a terminal sees one line that changes, a log file a line every half minute
+
+  def advance(self) -> None:
+    self.done += 1
+    now = time.monotonic()
+    every = 2 if self.shown == self.began or sys.stderr.isatty() else 30
+    if now - self.shown > every:
+      self.shown = now
+      rate = self.done / (now - self.began)
+      line = f'{self.what}: {self.done}/{self.total}, {rate:.1f}/s, {(self.total - self.done) / rate:.0f} s left'
+      print(line, end='\r' if sys.stderr.isatty() else '\n', file=sys.stderr, flush=True)

@@ -1,0 +1,264 @@
+"""Random access to training records: a source has a length, and source[i] gives record i, always the same.
+
+CT record: volume int16 [D, H, W] = [S, A, R] HU, spacing_mm (z, y, x), index, name, bad; with whole=True also
+whole (the whole scan, reduced to about 3 mm) and whole_spacing_mm. X-ray record: image uint8 or uint16 [H, W],
+index, name, bad. `bad`: the file of record `index` failed after the start, and this is the next good one.
+Decoded files stay in a bounded cache.
+"""
+import collections
+import functools
+import os
+import threading
+from concurrent import futures
+
+import numpy as np
+
+from data_pipelines import files, images, phantom, tiles
+from data_pipelines.errors import DataError
+
+CACHE_BYTES = 1 << 30    # per process: 768 phantoms, or some forty scans
+
+
+class Cache:
+  """Least recently used values up to a sum of bytes (or one value, if that is larger); one maker per key at a time."""
+
+  def __init__(self, limit: int = CACHE_BYTES):
+    self.limit = limit
+    self.bytes = 0
+    self._values = collections.OrderedDict()    # key -> (value, bytes)
+    self._making = {}                           # key -> lock
+    self._lock = threading.Lock()
+
+  def __reduce__(self):    # a worker process starts with an empty one
+    return type(self), (self.limit,)
+
+  def __len__(self):
+    return len(self._values)
+
+  def get(self, key, make):
+    """The value of a key; make() -> tuple with arrays in it."""
+    found = self._find(key)
+    if found:
+      return found[0]
+    with self._lock:
+      making = self._making.setdefault(key, threading.Lock())
+    with making:
+      found = self._find(key)
+      if found:
+        return found[0]
+      try:
+        value = make()
+        self._put(key, value)
+      finally:
+        with self._lock:
+          self._making.pop(key, None)
+    return value
+
+  def _find(self, key):
+    with self._lock:
+      if key in self._values:
+        self._values.move_to_end(key)
+        return self._values[key]
+
+  def _put(self, key, value):
+    arrays = [a for a in value if isinstance(a, np.ndarray)]
+    for a in arrays:    # records are views of them
+      a.flags.writeable = False
+    size = sum(a.nbytes for a in arrays)
+    with self._lock:
+      self._values[key] = value, size
+      self.bytes += size
+      while self.bytes > self.limit and len(self._values) > 1:
+        self.bytes -= self._values.popitem(last=False)[1][1]
+
+
+# ---- phantoms
+
+class PhantomCT:
+  """Phantoms of one index range, depth pooled in pairs: volume [24, 112, 112], spacing (13, 3.4, 3.4) mm."""
+
+  def __init__(self, seed: int, records: int, *, part: str = 'ct', whole: bool = False, cache_bytes: int = CACHE_BYTES):
+    self.seed, self.whole = seed, whole
+    self.indices = _indices(part, records)
+    self.cache = Cache(cache_bytes)
+
+  def __len__(self):
+    return len(self.indices)
+
+  def __getitem__(self, i: int) -> dict:
+    volume, spacing, _ = self._get(i)
+    record = {'volume': volume, 'spacing_mm': spacing, 'index': i, 'name': f'phantom {self.indices[i]}', 'bad': False}
+    return record | ({'whole': volume, 'whole_spacing_mm': spacing} if self.whole else {})
+
+  def labels(self, i: int) -> dict:
+    """{finding: 0 or 1} of record i."""
+    return self._get(i)[2]
+
+  def _get(self, i):
+    return self.cache.get(i, lambda: self._make(self.indices[i]))
+
+  def _make(self, index):
+    made = _phantom(self.seed, index)
+    d, h, w = made.hu.shape
+    volume = np.rint(made.hu.reshape(d // 2, 2, h, w).mean(1)).astype(np.int16)
+    z, y, x = made.spacing_mm
+    return volume, (2. * z, float(y), float(x)), made.labels
+
+
+class PhantomXray:
+  """X-ray pictures of phantoms of one index range: image uint8 [128, 128]."""
+
+  def __init__(self, seed: int, records: int, *, part: str = 'xray', cache_bytes: int = CACHE_BYTES):
+    self.seed = seed
+    self.indices = _indices(part, records)
+    self.cache = Cache(cache_bytes)
+
+  def __len__(self):
+    return len(self.indices)
+
+  def __getitem__(self, i: int) -> dict:
+    index = self.indices[i]
+    image, = self.cache.get(i, lambda: (phantom.xray(_phantom(self.seed, index), self.seed, index),))
+    return {'image': image, 'index': i, 'name': f'phantom {index}', 'bad': False}
+
+
+@functools.lru_cache(maxsize=4)    # evaluation asks for the CT and the X-ray of a phantom in turn
+def _phantom(seed: int, index: int):
+  return phantom.make(seed, index)
+
+
+def _indices(part: str, records: int) -> range:
+  known = phantom.INDICES[part]
+  if not 0 < records <= len(known):
+    raise ValueError(f'{records} phantoms of part "{part}": must be between 1 and {len(known)}')
+  return known[:records]
+
+
+# ---- folders
+
+class _Folder:
+  """Files of a folder, checked once at the start; a file that fails later is replaced by the next good record."""
+
+  def __init__(self, spec: str, on_bad_file: str, cache_bytes: int):
+    self.spec, self.on_bad_file = spec, on_bad_file
+    self.cache = Cache(cache_bytes)
+    self.failed = {}    # file -> DataError
+    found = files.find(spec, self.kind, self.leaf)
+    self.files, self.parts, refused, warned = [], [], collections.Counter(), collections.Counter()
+    for path, (parts, warnings) in zip(found.files, self._check_all(found.files)):
+      if isinstance(parts, DataError):
+        refused[parts.code] += 1
+        continue
+      self.parts += [(len(self.files), part) for part in parts]
+      self.files.append(path)
+      warned.update(w.split()[1] for w in warnings)
+    count = lambda c: ', '.join(f'{n} {code}' for code, n in sorted(c.items()))
+    files.say(f'{self.leaf}: {len(found.files)} files, {len(self.files)} usable, {len(self.parts)} records'
+        + (f'; refused: {count(refused)}' if refused else '') + (f'; warnings: {count(warned)}' if warned else '')
+        + (f'; ignored: {found.others}' if found.others else ''))
+    if not self.files:
+      raise DataError('EMPTY_DIR', spec, f'none of {len(found.files)} files is usable ({count(refused)})',
+                      'see the lines above')
+    self.root = os.path.commonpath([os.path.dirname(f) for f in self.files])
+
+  def __len__(self):
+    return len(self.parts)
+
+  def __getitem__(self, i: int) -> dict:
+    for shift in range(len(self)):
+      file, part = self.parts[(i + shift) % len(self)]
+      path = self.files[file]
+      if file not in self.failed:
+        try:
+          record = self.record(self.cache.get(path, lambda p=path: self.decode(p)), path, part)
+          return record | {'index': i, 'bad': shift > 0}
+        except DataError as e:
+          if self.failed.setdefault(file, e) is e and self.on_bad_file == 'skip':
+            files.warn(e, 'replaced by the next good record')
+      if self.on_bad_file == 'stop':
+        raise self.failed[file]
+    raise DataError('EMPTY_DIR', self.spec, 'not one record can be read any more', 'check the disk, then start again')
+
+  def name(self, path: str, part: int) -> str:
+    return os.path.relpath(path, self.root) + (f' z{part}' if part is not None else '')
+
+  def _check_all(self, paths):
+    """check(path) of every file in order, in threads; yields (parts or DataError, warnings)."""
+    def one(path):
+      try:
+        return self.check(path)
+      except DataError as e:
+        return e, ()
+    progress = files.Progress(f'{self.leaf}: checking files', len(paths))
+    pool = futures.ThreadPoolExecutor(min(16, os.cpu_count() or 1))
+    try:
+      for result in pool.map(one, paths):
+        progress.advance()
+        if isinstance(result[0], DataError):
+          if self.on_bad_file == 'stop':
+            raise result[0]
+          files.warn(result[0], 'skipped')
+        yield result
+    finally:
+      pool.shutdown(cancel_futures=True)
+
+
+class CTFolder(_Folder):
+  """24-slice tiles of the CT files of a folder. Every file is decoded once at the start.
+
+  Args:
+    spec: folder or glob pattern, several of them separated by commas.
+    modality: 'ct' refuses files whose values are not HU.
+    whole: records carry the whole scan, reduced to about 3 mm.
+    on_bad_file: 'skip' (one line per bad file) or 'stop' (DataError).
+    cache_bytes: of decoded scans kept in memory.
+
+  Raises:
+    DataError: EMPTY_DIR, or the fault of the first bad file with on_bad_file='stop'.
+  """
+  leaf, kind = 'data.ct', 'volume'
+
+  def __init__(self, spec, *, modality='ct', whole=False, on_bad_file='skip', cache_bytes=CACHE_BYTES):
+    self.modality, self.whole = modality, whole
+    self.depth = {}
+    super().__init__(spec, on_bad_file, cache_bytes)
+
+  def decode(self, path) -> tiles.Scan:
+    scan = tiles.read(path, self.modality, self.whole)
+    depth = self.depth.setdefault(path, scan.volume.shape[0])
+    if depth != scan.volume.shape[0]:
+      raise DataError('CHANGED', path, f'has {scan.volume.shape[0]} slices, had {depth} at the start',
+                      'leave the files alone during a run')
+    return scan
+
+  def check(self, path):
+    scan = self.cache.get(path, lambda: self.decode(path))
+    return tiles.starts(scan.volume.shape[0]), scan.warnings
+
+  def record(self, scan: tiles.Scan, path: str, start: int) -> dict:
+    return tiles.cut(scan, start) | {'name': self.name(path, start)}
+
+
+class XrayFolder(_Folder):
+  """Pictures of a folder; only their headers are read at the start. Arguments and errors as CTFolder's."""
+  leaf, kind = 'data.xray', 'image'
+
+  def __init__(self, spec, *, on_bad_file='skip', cache_bytes=CACHE_BYTES):
+    super().__init__(spec, on_bad_file, cache_bytes)
+
+  def decode(self, path):
+    return (images.read(path).array,)
+
+  def check(self, path):
+    images.check(path)
+    return (None,), ()
+
+  def record(self, decoded, path: str, part) -> dict:
+    return {'image': decoded[0], 'name': self.name(path, part)}
+
+
+def one_ct(path, config) -> dict:
+  """The middle tile of one CT file as a record, for evaluation. Raises DataError."""
+  scan = tiles.read(path, config.data.modality, config.drr.scope == 'volume')
+  middle = (scan.volume.shape[0] - tiles.TILE) // 2
+  return tiles.cut(scan, middle) | {'index': 0, 'name': os.path.basename(path), 'bad': False}

@@ -1,0 +1,143 @@
+"""Endless, seeded, elastic streams of training batches; the only file that knows Grain.
+
+A stream's position is one integer, the number of rows that all shards together have handed out. Rows depend on
+(seed, stream, position) alone, so that a run continues with the same samples on another number of hosts or worker
+processes. Nothing is filtered here: a record that cannot be read has been replaced by its source.
+"""
+import zlib
+from concurrent import futures
+
+import grain
+import numpy as np
+from absl import flags
+
+from data_pipelines import draw, sample, sources
+
+STREAMS = ('ct', 'xray')
+THREADS, BUFFER = 4, 4    # per process; without a bound Grain reads hundreds of batches ahead
+PAD_ID = -1               # id of the rows that fill up the last batch of a finite pass
+
+
+def build(config, names=None, shard_index: int = 0, shard_count: int = 1) -> dict:
+  """{name: Stream} of this shard.
+
+  Args:
+    config: the run config; reads seed, batch, data, views, drr.
+    names: which of 'ct' and 'xray'; None = those with a non-zero batch.
+    shard_index, shard_count: this process among those that share every global batch.
+
+  Raises:
+    DataError: nothing to read at data.ct or data.xray.
+    ValueError: a global batch that the shards cannot share evenly.
+  """
+  names = [n for n in STREAMS if config.batch[n]] if names is None else names
+  return {n: Stream(n, config, _source(n, config), shard_index, shard_count) for n in names}
+
+
+def views(name: str, record: dict, config, rng) -> dict:
+  """Two random views of a record of stream `name`: {field: [2, ...] float32}."""
+  if name == 'xray':
+    return sample.xray_sample(record, draw.xray_pair(rng, config, record['image'].shape), config)
+  whole = (record['whole'].shape, record['whole_spacing_mm']) if 'whole' in record else ()
+  params = draw.ct_pair(rng, config, record['volume'].shape, record['spacing_mm'], *whole)
+  return sample.ct_sample(record, params, config)
+
+
+class Stream:
+  """Batches of one modality.
+
+  Attributes:
+    records: number of records of the source.
+    spec: {field: (shape, dtype)} of one row.
+    source: the record source.
+  """
+
+  def __init__(self, name, config, source, shard_index=0, shard_count=1):
+    self.name, self.source, self.records = name, source, len(source)
+    self.batch = config.batch[name]
+    self._shard = shard_index, shard_count
+    if not self.records:
+      raise ValueError(f'data.{name} has no records')
+    self._rows(self.batch)
+    seed = np.random.SeedSequence([config.seed, zlib.crc32(name.encode())]).generate_state(1)[0]
+    records = grain.MapDataset.source(source).seed(int(seed))
+    self._ordered = records.random_map(_Views(name, config))
+    row = self._ordered[0]
+    self.spec = {k: (v.shape, v.dtype) for k, v in row.items()}
+    workers = config.data.workers
+    if workers and not flags.FLAGS.is_parsed():    # Grain's worker processes read absl flags
+      flags.FLAGS.mark_as_parsed()
+    options = grain.MultiprocessingOptions(num_workers=workers) if workers else None
+    self._iterator = iter(grain.experimental.ElasticIterator(
+        records.shuffle().repeat(None).random_map(_Views(name, config)), self.batch,
+        grain.sharding.ShardOptions(shard_index=shard_index, shard_count=shard_count),
+        read_options=grain.ReadOptions(num_threads=THREADS, prefetch_buffer_size=BUFFER),
+        multiprocessing_options=options))
+
+  def next(self) -> dict:
+    """This shard's rows of the next global batch, {field: [batch / shard_count, ...]}.
+
+    Never catch what it raises and go on: after an error the position is behind for ever.
+    """
+    try:
+      return next(self._iterator)
+    except StopIteration as e:
+      raise RuntimeError(f'data stream "{self.name}" ended at position {self.position()}, it must be endless: '
+                         'a worker process has died, see the lines above') from e
+
+  def position(self) -> int:
+    """Rows handed out so far by all shards together."""
+    return self._iterator.get_state()['global_next_index']
+
+  def seek(self, position: int) -> None:
+    """The next batch begins at this position."""
+    self._iterator.set_state({'global_next_index': int(position)})
+
+  def fresh(self, batch: int):
+    """One pass over all records in order, as this shard's rows of batches of `batch` rows; next() is not disturbed.
+
+    Views are random but always the same. The last batch is filled up with copies of the last record, whose id is -1.
+    """
+    mine = self._rows(batch)
+    with futures.ThreadPoolExecutor(THREADS) as pool:
+      for start in range(0, self.records, batch):
+        at = np.arange(start, start + batch)[self._shard[0]::self._shard[1]][:mine]
+        rows = list(pool.map(self._ordered.__getitem__, np.minimum(at, self.records - 1).tolist()))
+        out = {k: np.stack([r[k] for r in rows]) for k in rows[0]}
+        out['id'][at >= self.records] = PAD_ID
+        yield out
+
+  def close(self) -> None:
+    """Ends threads and worker processes."""
+    self._iterator.close()
+
+  def _rows(self, batch: int) -> int:
+    count = self._shard[1]
+    if batch % count:
+      near = batch // count * count
+      use = f'{near} or {near + count}' if near else f'{count}'
+      raise ValueError(f'global batch {batch} of "{self.name}" not divisible by {count} shards: use {use}')
+    return batch // count
+
+
+class _Views(grain.transforms.RandomMap):
+  """Record -> row; `rng` (key of whatever the device draws for this row) comes first from the row's generator."""
+
+  def __init__(self, name, config):
+    self.name, self.config = name, config
+
+  def random_map(self, record, rng: np.random.Generator):
+    key = rng.integers(0, 2**32, 2, np.uint32)
+    return views(self.name, record, self.config, rng) | {
+        'id': np.int32(record['index']), 'rng': key, 'bad': np.bool_(record['bad'])}
+
+
+def _source(name: str, config):
+  data, whole = config.data, config.drr.scope == 'volume'
+  if name == 'ct':
+    if data.ct:
+      return sources.CTFolder(data.ct, modality=data.modality, whole=whole, on_bad_file=data.on_bad_file)
+    return sources.PhantomCT(config.seed, data.phantom_records, whole=whole)
+  if data.xray:
+    return sources.XrayFolder(data.xray, on_bad_file=data.on_bad_file)
+  return sources.PhantomXray(config.seed, data.phantom_records)

@@ -1,0 +1,129 @@
+"""A CT file -> clipped HU, judged fit for training -> overlapping tiles of 24 slices.
+
+The tiling (24 slices, stride 12, last tile shifted back, central 80 % of wide planes) is that of the released
+code. Clipping to [-1024, 3071], the refusals and the reduced copy of the whole scan are chosen by us.
+"""
+from typing import NamedTuple
+
+import numpy as np
+
+from data_pipelines import nifti
+from data_pipelines.errors import DataError
+from unimiss_jax.views import matrices
+
+TILE, STRIDE = 24, 12             # slices
+WIDE = 320                        # voxels
+LEAST = 16                        # voxels per axis
+HU_RANGE = (-1024, 3071)
+OBLIQUE_DEG = 20.
+SLICE_MM, PIXEL_MM = 10., 3.      # refused above, warned above
+WHOLE_MM, WHOLE_BYTES = 3., 4 << 20
+
+
+class Scan(NamedTuple):
+  """A decoded CT file.
+
+  Attributes:
+    volume: int16 [D, H, W] = [S, A, R] HU, D >= 24 (short scans lie in the middle of air), wide planes cut.
+    spacing_mm: (z, y, x).
+    whole, whole_spacing_mm: the complete scan, reduced to about 3 mm and at most 4 MB; or None.
+    warnings: finished one-line texts.
+  """
+  volume: np.ndarray
+  spacing_mm: tuple[float, float, float]
+  whole: np.ndarray | None
+  whole_spacing_mm: tuple[float, float, float] | None
+  warnings: list[str]
+
+
+def read(path, modality: str = 'ct', whole: bool = False) -> Scan:
+  """Reads, judges and clips one file.
+
+  Raises:
+    DataError: those of nifti.read, and those of judge.
+  """
+  source = nifti.read(path)
+  warnings = source.meta['warnings'] + judge(source, path, modality)
+  hu = np.clip(np.rint(source.array) if source.array.dtype == np.float32 else source.array, *HU_RANGE).astype(np.int16)
+  small, small_mm = reduced(hu, source.spacing_mm) if whole else (None, None)
+  if max(hu.shape[1:]) > WIDE:
+    hu = hu[(slice(None), *(slice(int(.1 * n), int(.9 * n)) for n in hu.shape[1:]))]
+  if hu.shape[0] < TILE:
+    missing = TILE - hu.shape[0]
+    hu = np.pad(hu, ((missing // 2, missing - missing // 2), (0, 0), (0, 0)), constant_values=HU_RANGE[0])
+  return Scan(np.ascontiguousarray(hu), source.spacing_mm, small, small_mm, warnings)
+
+
+def judge(volume: nifti.Volume, path, modality: str = 'ct') -> list[str]:
+  """Whether a readable volume can be trained on; returns warnings.
+
+  Raises:
+    DataError: CONSTANT NONFINITE TOO_SMALL OBLIQUE SPACING; with modality 'ct' HU_UNCALIBRATED HU_INTERCEPT.
+  """
+  meta, size = volume.meta, volume.array.size
+  low, high = meta['range']
+  refuse = lambda code, reason, remedy: DataError(code, path, reason, remedy)
+  if low == high:
+    raise refuse('CONSTANT', f'every voxel is {low:g}', 'export it again or remove it')
+  if meta['nonfinite'] > 0.01 * size:
+    raise refuse('NONFINITE', f"{100 * meta['nonfinite'] / size:.1f} % of the voxels are not finite, at most 1 %",
+                 'export it again or remove it')
+  if min(volume.array.shape) < LEAST:
+    shape = ' x '.join(map(str, volume.array.shape))
+    raise refuse('TOO_SMALL', f'{shape} voxels (S x A x R), need >= {LEAST} per axis', 'remove it')
+  if meta['oblique_deg'] > OBLIQUE_DEG:
+    raise refuse('OBLIQUE', f"axes {meta['oblique_deg']:.1f} deg from the patient axes, at most {OBLIQUE_DEG:g}",
+                 'export the axial series')
+  if max(volume.spacing_mm) > SLICE_MM:
+    raise refuse('SPACING', f'voxels of {max(volume.spacing_mm):.2f} mm, at most {SLICE_MM:g}',
+                 'correct the affine in the header, or use thinner slices')
+  warnings = []
+  if max(volume.spacing_mm[1:]) > PIXEL_MM * 1.001:
+    warnings.append(f'WARN SPACING {path}: pixels of {max(volume.spacing_mm[1:]):.2f} mm')
+  if modality != 'ct':
+    return warnings
+  if low >= 0 and 1000 < high <= 4095:
+    raise refuse('HU_INTERCEPT', f'values {low:g} ... {high:g}, no negatives: looks like stored numbers without '
+                 'intercept -1024', 'subtract 1024, or set scl_inter')
+  if low >= -200 or (high <= 300 and meta['dtype'] in ('uint8', 'int8')):
+    raise refuse('HU_UNCALIBRATED', f'values {low:g} ... {high:g}, no air; not HU',
+                 'rescale it to HU, or set data.modality=other')
+  padding = float((volume.array < HU_RANGE[0]).mean())
+  if padding > 1e-3:
+    warnings.append(f'WARN HU_PADDING {path}: {100 * padding:.1f} % of voxels below {HU_RANGE[0]} (minimum {low:g}): '
+                    'scanner padding, clipped')
+  return warnings
+
+
+def starts(depth: int) -> list[int]:
+  """First slices of the tiles of a scan; the last tile ends at its last slice."""
+  count = max(0, -(-(depth - TILE) // STRIDE)) + 1
+  return [max(0, min(STRIDE * i, depth - TILE)) for i in range(count)]
+
+
+def cut(scan: Scan, start: int) -> dict:
+  """The tile that begins at a slice, as the fields of a record."""
+  record = {'volume': scan.volume[start:start + TILE], 'spacing_mm': scan.spacing_mm}
+  if scan.whole is not None:
+    record |= {'whole': scan.whole, 'whole_spacing_mm': scan.whole_spacing_mm}
+  return record
+
+
+def reduced(volume: np.ndarray, spacing_mm, target_mm: float = WHOLE_MM) -> tuple[np.ndarray, tuple]:
+  """Box mean of finer axes to about `target_mm` (coarser if that would need more than 4 MB); the extent stays.
+
+  Args:
+    volume: int16 [D, H, W].
+    spacing_mm: (z, y, x).
+
+  Returns:
+    int16 [d, h, w] and its exact spacing.
+  """
+  shape = lambda mm: [max(1, round(n * s / mm)) if s < mm else n for n, s in zip(volume.shape, spacing_mm)]
+  while np.prod(shape(target_mm)) * 2 > WHOLE_BYTES:
+    target_mm *= 1.1
+  d, h, w = (matrices.resize('area', 0, n, n, m) for n, m in zip(volume.shape, shape(target_mm)))
+  planes = np.stack([h @ plane.astype(np.float32) @ w.T for plane in volume])
+  out = np.rint(np.tensordot(d, planes, 1)).astype(np.int16)
+  return out, tuple(s * n / m for s, n, m in zip(spacing_mm, volume.shape, out.shape))
+
