@@ -4,7 +4,6 @@ from __future__ import annotations
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from unimiss_jax.models.mit import MiTPlus
@@ -31,27 +30,44 @@ def build(config) -> nn.Module:
   return BACKBONES[name](**{**fields, 'dtype': jnp.dtype(fields.get('dtype', 'float32'))})
 
 
+def param_shapes(model: nn.Module) -> dict:
+  """Path -> ShapeDtypeStruct of all parameters of a backbone, those of every input rank together."""
+  init = nn.init(type(model).__call__, model)      # not model.init: that may be a field
+  leaves = {}
+  for shape in model.input_shapes():
+    x = jax.ShapeDtypeStruct(shape, jnp.float32)
+    leaves |= flatten_dict(jax.eval_shape(init, jax.random.key(0), x)['params'])
+  return dict(sorted(leaves.items()))
+
+
 def init_params(model: nn.Module, key) -> dict:
-  """All parameters of a backbone, those of every input rank together; may be jitted.
+  """Parameters of a backbone as its `initial(path, shapes)` says; may be jitted.
 
   The whole tree is cut from one draw of normal noise: hundreds of small draws would compile for half a minute.
 
   Args:
-    model: a backbone with `input_shapes()` and `initial(path, shapes)`.
+    model: a backbone.
     key: a jax key.
+
+  Returns:
+    Nested dict.
   """
-  init = nn.init(type(model).__call__, model)      # not model.init: that may be a field
-  leaves = {}
-  for shape in model.input_shapes():
-    leaves |= flatten_dict(jax.eval_shape(init, key, jnp.zeros(shape))['params'])
+  leaves = param_shapes(model)
   shapes = {path: leaf.shape for path, leaf in leaves.items()}
-  laws = {path: model.initial(path, shapes) for path in sorted(leaves)}
-  drawn = [path for path, (law, _) in laws.items() if law != 'constant']
-  ends = np.cumsum([leaves[path].size for path in drawn])
-  noise = jax.random.normal(key, (int(ends[-1]),))
-  params = {path: jnp.full(leaves[path].shape, laws[path][1], leaves[path].dtype) for path in laws}
-  for path, end in zip(drawn, ends):
+  laws = {path: model.initial(path, shapes) for path in leaves}
+  noise = jax.random.normal(key, (sum(leaf.size for path, leaf in leaves.items() if laws[path][0] != 'constant'),))
+  params, start = {}, 0
+  for path, leaf in leaves.items():
     law, scale = laws[path]
-    z = noise[end - leaves[path].size:end].reshape(leaves[path].shape).astype(leaves[path].dtype)
-    params[path] = scale * (z if law == 'normal' else jax.lax.erf(z / 2**0.5))    # erf: normal -> uniform in (-1, 1)
+    if law == 'constant':
+      params[path] = jnp.full(leaf.shape, scale, leaf.dtype)
+    else:
+      z = noise[start:start + leaf.size].reshape(leaf.shape)
+      start += leaf.size
+      params[path] = (scale * (z if law == 'normal' else _uniform(z))).astype(leaf.dtype)
   return unflatten_dict(params)
+
+
+def _uniform(z):
+  """Standard normal -> uniform in (-1, 1)."""
+  return jax.lax.erf(z / 2**0.5)
