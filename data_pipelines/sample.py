@@ -6,7 +6,7 @@ from unimiss_jax.views import image, volume
 
 # With drr.p_ref = 0, white is this multiple of a path full of water: a slab of the trunk is all body, with bone above
 # water; across the trunk the path begins and ends in air. Looked at on chest and abdomen CT: nothing of note saturates.
-WHITE = {'axial': 1.25, 'ap': 1., 'pa': 1., 'lateral': 1.}
+WHITE = {'axial': 1.25, 'ap': 1., 'pa': 1., 'lateral': 1.1}
 MU_WATER = {'water': xray.MU_WATER, 'bone_soft': xray.SOFT, 'minmax': .5}    # 1/mm, by attenuation model
 
 

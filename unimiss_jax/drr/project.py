@@ -72,8 +72,8 @@ def _project_along(volume, spacing, source, film, kind, axes):
       raise ValueError(f'source_mm is {source}: the source is inside the volume or the film on its side; expected '
                        f'more than {half:g} mm from 0 on axis {march}, the film on the other side')
     if not far < 1:
-      raise ValueError(f'the film at {film.origin_mm[march]:g} mm on axis {march} cuts the volume: expected it '
-                       f'behind the face at {np.sign(gap) * half:g} mm')
+      raise ValueError(f'the film at {film.origin_mm[march]:g} mm on axis {march} is not behind the volume: expected '
+                       f'it beyond the face at {np.sign(-source[march]) * half:g} mm')
   z = (xp.arange(depth, dtype=dtype) - (depth - 1) / 2) * spacing[march]
   tau = (z - source[march]) / gap                # [K] fraction of the way to the film
 
@@ -87,7 +87,8 @@ def _project_along(volume, spacing, source, film, kind, axes):
   if xp is np and not (bands.touches(rows, nr) and bands.touches(cols, nc)):
     raise ValueError('the window misses the volume: move it or the film (origin_mm, steps) over the shadow of the box')
   contract = bands.contract_numpy if array_namespace(volume, rows, cols) is np else bands.contract_jax
-  image = contract(volume.transpose(axes), rows, cols, kind)
+  with np.errstate(invalid='ignore', over='ignore'):    # of a volume that is refused for it afterwards
+    image = contract(volume.transpose(axes), rows, cols, kind)
   length = xp.sqrt(gap ** 2 + dr[:, None] ** 2 + dc ** 2) / abs(gap) * spacing[march]    # of a ray in one slice
   return image * length.astype(image.dtype)
 
