@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from data_pipelines import draw, images, manifest, phantom, sample, sources
+from data_pipelines import draw, images, manifest, phantom, sample, sources, streams
 from data_pipelines.errors import DataError
 
 
@@ -24,9 +24,7 @@ def build(config) -> EvalSet:
 
 
 def centre_ct(record, config) -> dict:
-  whole = record.get('whole')
-  extra = () if whole is None else (whole.shape, record['whole_spacing_mm'])
-  return sample.ct_sample(record, draw.ct_centre(config, record['volume'].shape, record['spacing_mm'], *extra), config)
+  return sample.ct_sample(record, draw.ct_centre(config, *geometry(record)), config)
 
 
 def centre_xray(record, config) -> dict:
@@ -35,7 +33,7 @@ def centre_xray(record, config) -> dict:
 
 def _phantoms(config) -> EvalSet:
   n = config.eval.records
-  cts = sources.PhantomCT(config.seed, n, part='development')
+  cts = sources.PhantomCT(config.seed, n, part='development', whole=config.drr.scope == 'volume')
   rays = sources.PhantomXray(config.seed, n, part='development')
   rows, labels = [], {name: np.zeros(n, int) for name in phantom.FINDINGS}
   for i in range(n):
@@ -56,7 +54,8 @@ def _from_manifest(config) -> EvalSet:
     made = [centre_ct(sources.one_ct(r['path'], config), config) if kind == 'volume'
             else centre_xray({'image': images.read(r['path']).array}, config) for r in part]
     views |= _stack(made)
-    labels[name] = {k: np.array([r['label'].get(k, 0) for r in part]) for k in sorted({k for r in part for k in r['label']})}
+    known = sorted({k for r in part for k in r['label']})
+    labels[name] = {k: np.array([r['label'].get(k, 0) for r in part]) for k in known}
     fit[name] = np.array([r['split'] == 'train' for r in part])
     if fit[name].all() or not fit[name].any():
       raise DataError('SPLIT_EMPTY', config.eval.knn, f'{kind}s: {int(fit[name].sum())} of {len(part)} rows are '
@@ -64,28 +63,29 @@ def _from_manifest(config) -> EvalSet:
   return EvalSet(views, labels, fit, False, config.eval.knn)
 
 
-def preview(config, streams, n: int = 4) -> dict:
+def preview(config, of, n: int = 4) -> dict:
   """First records of each stream for the picture sheets.
+
+  Args:
+    of: {name: Stream}.
 
   Returns:
     {stream: {'name': [str], 'centre': {field: [n, 1, ...]}, 'views': {field: [n, 2, ...]}}}
   """
   out = {}
-  for name, stream in streams.items():
+  for name, stream in of.items():
     records = [stream.source[i] for i in range(min(n, stream.records))]
     centre = [centre_ct(r, config) if name == 'ct' else centre_xray(r, config) for r in records]
-    views = [drawn(name, r, config, np.random.default_rng([config.seed, i])) for i, r in enumerate(records)]
+    views = [streams.views(name, r, config, np.random.default_rng([config.seed, i])) for i, r in enumerate(records)]
     out[name] = {'name': [r['name'] for r in records], 'centre': _stack(centre), 'views': _stack(views)}
   return out
 
 
-def drawn(name, record, config, rng) -> dict:
-  """Two random views of a record, as a stream makes them."""
-  if name == 'xray':
-    return sample.xray_sample(record, draw.xray_pair(rng, config, record['image'].shape), config)
+def geometry(record) -> tuple:
+  """Shape and spacing of a CT record, and of the whole scan where it carries that."""
   whole = record.get('whole')
-  extra = () if whole is None else (whole.shape, record['whole_spacing_mm'])
-  return sample.ct_sample(record, draw.ct_pair(rng, config, record['volume'].shape, record['spacing_mm'], *extra), config)
+  rest = () if whole is None else (whole.shape, record['whole_spacing_mm'])
+  return (record['volume'].shape, record['spacing_mm'], *rest)
 
 
 def _stack(rows) -> dict:
