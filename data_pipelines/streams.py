@@ -9,7 +9,6 @@ from concurrent import futures
 
 import grain
 import numpy as np
-from absl import flags
 
 from data_pipelines import draw, sample, sources
 
@@ -65,8 +64,8 @@ class Stream:
     row = self._ordered[0]
     self.spec = {k: (v.shape, v.dtype) for k, v in row.items()}
     workers = config.data.workers
-    if workers and not flags.FLAGS.is_parsed():    # Grain's worker processes read absl flags
-      flags.FLAGS.mark_as_parsed()
+    if workers:
+      _parse_flags()
     options = grain.MultiprocessingOptions(num_workers=workers) if workers else None
     self._iterator = iter(grain.experimental.ElasticIterator(
         records.shuffle().repeat(None).random_map(_Views(name, config)), self.batch,
@@ -130,6 +129,13 @@ class _Views(grain.transforms.RandomMap):
     key = rng.integers(0, 2**32, 2, np.uint32)
     return views(self.name, record, self.config, rng) | {
         'id': np.int32(record['index']), 'rng': key, 'bad': np.bool_(record['bad'])}
+
+
+def _parse_flags() -> None:
+  """Grain's worker processes read absl flags; outside of absl's app nobody has parsed them."""
+  from absl import flags
+  if not flags.FLAGS.is_parsed():
+    flags.FLAGS.mark_as_parsed()
 
 
 def _source(name: str, config):
