@@ -32,7 +32,7 @@ def base() -> ConfigDict:
   c.views = ConfigDict(dict(
       ct=dict(
           size=(16, 96, 96),
-          extent='output',        # the crop factor multiplies: output = size (depth stays whole slices) | record = the record's shape
+          extent='output',        # crop factor times: output = size (depth: whole slices) | record = its own shape
           precrop=(1.4, 1.8),     # extent=output: both views come from one block of size * U; (0, 0) = off
           scale=(0.8, 1.2),       # crop factor per axis (extent=output: in-plane only)
           resize='linear',        # linear (half-pixel, no antialias) | area (exact box mean)

@@ -89,7 +89,7 @@ def adamw(group_of: Callable[[str], str], *, clip: float = 0., clip_mode: str = 
 
   def update(grads, opt_state, params, modes, lr, wd):
     groups, tensors = split(grads), split(params)
-    norms = {g: optax.global_norm(t) for g, t in groups.items()}
+    norms = {g: optax.tree.norm(t) for g, t in groups.items()}
     groups = {g: _clipped(t, clip, clip_mode, _norm_of_training(norms, modes)) for g, t in groups.items()}
     new_params, new_state = {}, {}
     for g, old in opt_state.items():

@@ -163,7 +163,8 @@ class Run:
     self.close()
     if self.main:
       (epath.Path(self.folder) / 'DONE').write_text(json.dumps(workdir.config_hash(config)))
-      summary.show(self.folder, self.method)
+      tests = int((~self.evalset.fit['ct']).sum()) if self.evalset and 'ct' in self.evalset.fit else 0
+      summary.show(self.folder, self.method, tests)
     return 0
 
   def take(self, phase):
@@ -190,8 +191,9 @@ class Run:
     logging.warning('step %d %s: loss or gradient is not finite; step skipped (%d in a row, %d end the run)',
                     i, phase, row, self.config.optim.max_skipped)
     if row >= self.config.optim.max_skipped:
+      kept = self.checkpoints.steps()
       raise TrainError(f'step {i} {phase}: {row} steps in a row were not finite; the last good checkpoint is '
-                       f'{self.checkpoints.steps()[-1:] or "none"}. FIX: lower optim.lr, set optim.clip, or check the data')
+                       f'{kept[-1] if kept else "none"}. FIX: lower optim.lr, set optim.clip, or check the data')
 
   def evaluate(self, at: int):
     if not self.evalset:

@@ -95,7 +95,8 @@ def check_size(path, size, multiple, least) -> None:
   """Sizes that the pyramid can halve."""
   if size % multiple or size < least:
     near = max(least, round(size / multiple) * multiple)
-    raise ConfigError(f'{path}={size} invalid: must be a multiple of {multiple}, at least {least}; nearest valid {near}')
+    raise ConfigError(f'{path}={size} invalid: must be a multiple of {multiple}, at least {least}; '
+                      f'nearest valid {near}')
 
 
 def check_devices(config, devices: int) -> None:

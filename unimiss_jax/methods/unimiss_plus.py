@@ -34,7 +34,8 @@ def make(config, data) -> Method:
 
   model = models.build(config.model)
   h = config.head
-  head = DINOHead(out_dim=h.out_dim, hidden_dim=h.hidden_dim, bottleneck_dim=h.bottleneck_dim, last_layer=distils)
+  head = DINOHead(out_dim=h.out_dim, hidden_dim=h.hidden_dim, bottleneck_dim=h.bottleneck_dim, last_layer=distils,
+                  linear_init=config.model.init)
   embed_dim = config.model.embed_dims[-1]
   momentum = cosine_schedule(config.ema.momentum, config.ema.momentum_end, total, 0)
   teacher_temp = distillation.temperature_schedule(

@@ -55,7 +55,8 @@ def image_tile(image, letters=('', '')) -> Image.Image:
 def grid(rows: list[list[Image.Image]], head: list[str], names: list[str], title: str) -> Image.Image:
   """Rows of tiles under column heads, a name above every row."""
   step, line = TILE + GAP, 14
-  out = Image.new('L', (GAP + step * max(len(head), max(map(len, rows))), 2 * line + GAP + len(rows) * (step + line)), 40)
+  size = GAP + step * max(len(head), *map(len, rows)), 2 * line + GAP + len(rows) * (step + line)
+  out = Image.new('L', size, 40)
   pen = ImageDraw.Draw(out)
   pen.text((GAP, 1), title, fill=255)
   for i, text in enumerate(head):

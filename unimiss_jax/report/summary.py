@@ -12,23 +12,25 @@ def rows(folder) -> list[dict]:
 
 
 def table(metrics: list[dict], chance: dict[str, dict[str, float]], tests: int = 0) -> list[str]:
-  """Lines: loss parts per phase, then evaluations. chance: {phase: {metric: value}}; tests: gallery size of retrieval."""
-  out = [f'{"":34}{"start":>8}{"end":>8}{"chance":>8}']
+  """Lines: loss parts per phase, then evaluations.
+
+  Args:
+    metrics: rows of metrics.jsonl. chance: {phase: {metric: value}}. tests: size of the retrieval gallery.
+  """
+  number = lambda v: f'{v:9.3f}' if v is not None else f'{"-":>9}'
+  line = lambda name, *values: f'{name:28}' + ''.join(map(number, values))
+  out = [f'{"":28}{"start":>9}{"end":>9}{"chance":>9}']
   for phase, levels in chance.items():
     part = [r for r in metrics if r.get('phase') == phase]
-    for name in sorted({k for r in part for k in r if k.startswith('train/') and k.endswith('loss')}):
-      if name != 'train/loss' and part[0].get(name) is not None and part[-1].get(name) is not None:
-        level = f'{levels[name]:8.3f}' if name in levels else f'{"-":>8}'
-        out.append(f'{phase + " " + name[6:]:34}{part[0][name]:8.3f}{part[-1][name]:8.3f}{level}')
+    for name in sorted({k for r in part for k in r if k.startswith('train/') and k.endswith('_loss')}):
+      out.append(line(f'{phase} {name[6:]}', part[0].get(name), part[-1].get(name), levels.get(name)))
   evals = [r for r in metrics if r.get('phase') == 'eval']
   if evals:
     first, last = evals[0], evals[-1]
-    for name in (*KNN, *RECALL):
-      if name in first and name in last:
-        level = 0.5 if name in KNN else 10 / tests if tests else None
-        raw = first.get(name.replace('eval/', 'eval/raw_', 1))
-        out.append(f'{name[5:]:34}{first[name]:8.3f}{last[name]:8.3f}{f"{level:8.3f}" if level else f"{"-":>8}"}'
-                   + (f'   raw pixels {raw:.3f}' if raw is not None else ''))
+    for name in (n for n in (*KNN, *RECALL) if n in first and n in last):
+      level = 0.5 if name in KNN else 10 / tests if tests else None
+      raw = first.get(name.replace('eval/', 'eval/raw_', 1))
+      out.append(line(name[5:], first[name], last[name], level) + (f'   raw pixels {raw:.3f}' if raw else ''))
   return out
 
 

@@ -1,0 +1,68 @@
+"""One run from start to end, and the same run stopped and continued."""
+import json
+import os
+import signal
+
+import numpy as np
+import pytest
+
+from tests.e2e import tiny
+from unimiss_jax import train, workdir
+from unimiss_jax.validate import ConfigError
+from unimiss_jax.writers import Writer
+
+
+@pytest.fixture(scope='module')
+def undisturbed(tmp_path_factory):
+  folder = tmp_path_factory.mktemp('undisturbed')
+  assert train.train_and_evaluate(tiny.config(), str(folder)) == 0
+  return folder
+
+
+def test_a_run_leaves_what_it_should(undisturbed):
+  names = {p.name for p in undisturbed.iterdir()}
+  assert {'config.json', 'env.json', 'metrics.jsonl', 'checkpoints', 'report', 'logs', 'DONE'} <= names
+  assert any(n.startswith('events.') for n in names)
+  assert sorted(p.name for p in (undisturbed / 'report').iterdir()) == ['ct_0000008.png', 'xray_0000008.png']
+  rows = tiny.metrics(undisturbed)
+  ct, xray = rows[0, 'ct'], rows[1, 'xray']
+  for name in ('train/loss', 'train/dino_loss', 'train/drr_loss', 'train/slice_loss', 'train/recon_ct_loss',
+               'train/recon_drr_loss', 'train/nce_loss', 'train/pair_nce_loss', 'train/grad_norm', 'train/grad_norm_3d',
+               'train/lr', 'train/wd', 'train/skipped', 'collapse/teacher_entropy', 'collapse/center_norm',
+               'collapse/feature_std', 'collapse/rankme', 'data/bad_records'):
+    assert np.isfinite(ct[name]), name
+  assert xray['train/grad_norm_3d'] == 0 and 'train/drr_loss' not in xray
+  assert ct['train/skipped'] == 0 and 0 < ct['collapse/teacher_entropy'] <= np.log(32) + 1e-5
+  first, last = rows[0, 'eval'], rows[8, 'eval']
+  for name in ('eval/knn_auc_ct', 'eval/knn_auc_xray', 'eval/drr_to_ct_r10', 'eval/xray_to_ct_r10'):
+    assert 0 <= first[name] <= 1 and 0 <= last[name] <= 1
+  assert 'eval/raw_knn_auc_ct' in first
+
+
+def test_a_finished_run_is_left_alone(undisturbed):
+  before = (undisturbed / 'metrics.jsonl').read_bytes()
+  assert train.train_and_evaluate(tiny.config(), str(undisturbed)) == 0
+  assert (undisturbed / 'metrics.jsonl').read_bytes() == before
+
+
+def test_stopped_by_a_signal_and_continued_equals_undisturbed(undisturbed, tmp_path, monkeypatch):
+  write = Writer.write_scalars
+
+  def stopping(self, step, scalars, phase=''):
+    write(self, step, scalars, phase)
+    if (step, phase) == (2, 'ct'):
+      os.kill(os.getpid(), signal.SIGTERM)
+  monkeypatch.setattr(Writer, 'write_scalars', stopping)
+  assert train.train_and_evaluate(tiny.config(), str(tmp_path), preempt_exit_code=7) == 7
+  assert [p.name for p in (tmp_path / 'checkpoints').iterdir()] == ['3'] and not (tmp_path / 'DONE').exists()
+  monkeypatch.undo()
+  assert train.train_and_evaluate(tiny.config(), str(tmp_path)) == 0
+  want, got = tiny.metrics(undisturbed), tiny.metrics(tmp_path)
+  assert got == want
+
+
+def test_another_config_is_refused_and_the_keys_are_listed(undisturbed):
+  with pytest.raises(ConfigError, match=r'another config: optim.lr 0.002 -> 0.5. FIX: use a new --workdir'):
+    train.train_and_evaluate(tiny.config(**{'optim.lr': .5}), str(undisturbed))
+  changed = tiny.config(**{'log.every': 3, 'eval.every': 5, 'checkpoint.keep': 9, 'data.workers': 1})
+  assert workdir.config_hash(changed) == json.loads((undisturbed / 'DONE').read_text())

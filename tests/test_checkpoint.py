@@ -1,0 +1,73 @@
+"""Save, restore, keep, and what happens to a damaged checkpoint."""
+import logging
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from unimiss_jax import checkpoint, sharding
+
+
+def state(value):
+  return {'kernel': jnp.full((4, 512), value, jnp.float32), 'step': jnp.int32(value)}
+
+
+@pytest.fixture
+def template():
+  mesh = sharding.make_mesh(-1, 1)
+  abstract = jax.eval_shape(lambda: state(0))
+  return checkpoint.template(abstract, sharding.shardings(abstract, mesh))
+
+
+@pytest.fixture
+def saved(tmp_path):
+  c = checkpoint.Checkpoints(tmp_path, keep=2)
+  for i in (1, 2, 3):
+    c.save(i, state(i), {'positions': {'ct': 8 * i}})
+  c.close()
+  return tmp_path
+
+
+def damage(folder, step):
+  for f in (folder / 'checkpoints' / str(step) / 'state').rglob('*'):
+    if f.is_file():
+      f.write_bytes(f.read_bytes()[: f.stat().st_size // 2])
+
+
+def test_newest_comes_back_and_old_ones_go(saved, template):
+  c = checkpoint.Checkpoints(saved, keep=2)
+  assert c.steps() == [2, 3]
+  got, meta = c.restore(template)
+  np.testing.assert_array_equal(got['kernel'], 3.)
+  assert int(got['step']) == 3 and meta['positions'] == {'ct': 24}
+  c.close()
+
+
+def test_damage_falls_back_with_one_warning_and_deletes_nothing(saved, template, caplog):
+  damage(saved, 3)
+  c = checkpoint.Checkpoints(saved, keep=2)
+  with caplog.at_level(logging.WARNING, logger='root'):
+    got, meta = c.restore(template)
+  assert int(got['step']) == 2 and meta['positions'] == {'ct': 16}
+  lines = [r.getMessage() for r in caplog.records if 'unreadable' in r.getMessage()]
+  assert len(lines) == 1 and 'checkpoint 3' in lines[0] and 'continuing from 2' in lines[0]
+  assert (saved / 'checkpoints' / '3').exists()
+  c.close()
+
+
+def test_strict_refuses_and_nothing_readable_is_an_error(saved, template):
+  damage(saved, 3)
+  c = checkpoint.Checkpoints(saved, keep=2)
+  with pytest.raises(checkpoint.CheckpointError, match=r'checkpoints/3 unreadable .* FIX: --resume=auto'):
+    c.restore(template, strict=True)
+  damage(saved, 2)
+  with pytest.raises(checkpoint.CheckpointError, match='checkpoints/2 unreadable'):
+    c.restore(template)
+  c.close()
+
+
+def test_an_empty_folder_gives_none(tmp_path, template):
+  c = checkpoint.Checkpoints(tmp_path, keep=2)
+  assert c.restore(template) is None
+  c.close()

@@ -1,0 +1,104 @@
+"""Schedules against the released code's arrays, AdamW against its closed form and PyTorch."""
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from unimiss_jax import optim
+from unimiss_jax.optim import SKIP, TRAIN, ZERO
+
+
+def test_schedules_equal_the_released_arrays(fixtures):
+  z = np.load(fixtures / 'parity' / 'plus_schedules.npz')
+  made = {'lr': optim.cosine_schedule(z_lr_base(z), 1e-6, 60, 15), 'wd': optim.cosine_schedule(0.04, 0.4, 60, 0),
+          'momentum': optim.cosine_schedule(0.996, 1.0, 60, 0)}
+  for name, f in made.items():
+    np.testing.assert_allclose([f(i) for i in range(60)], z[name], rtol=0, atol=1e-12, err_msg=name)
+    np.testing.assert_allclose(f(np.arange(60)), z[name], rtol=0, atol=1e-12)
+    traced = jax.jit(jax.vmap(f))(jnp.arange(60))
+    assert traced.dtype == jnp.float32
+    np.testing.assert_allclose(traced, z[name], rtol=1e-5, atol=1e-6)
+
+
+def z_lr_base(z):
+  return float(z['lr'].max())     # the warm-up includes its end point
+
+
+def test_schedule_ends_and_dtype():
+  f = optim.cosine_schedule(2., 0.5, 10, 4, start=1.)
+  assert f(0) == 1. and f(3) == 2. and f(4) == 2.
+  assert f(10) == 0.5 and f(1000) == 0.5 and f(9) > 0.5
+  assert f(5).dtype == np.float64 and f(np.int32(5)).dtype == np.float64
+  assert optim.cosine_schedule(2., 0., 10, 1)(0) == 0.
+
+
+PARAMS = {'a': {'kernel': np.linspace(-1, 1, 6).reshape(2, 3), 'bias': np.array([.5, -.5])},
+          'b3D': {'kernel': np.full((2, 2), 2.)}, 'g': {'weight_g': np.ones((2, 1))}}
+
+
+def group_of(name):
+  return 'fixed' if name.endswith('weight_g') else '3d' if '3D' in name else 'rest'
+
+
+def run(modes, steps, clip=0., mode='global', scale=1.):
+  with jax.enable_x64(True):
+    tx = optim.adamw(group_of, clip=clip, clip_mode=mode)
+    params = jax.tree.map(jnp.asarray, PARAMS)
+    state, trace = tx.init(params), []
+    update = jax.jit(tx.update)
+    for i in range(steps):
+      grads = jax.tree.map(lambda p, i=i: scale * (p + 0.1 * (i + 1)), params)
+      params, state, norms = update(grads, state, params, {'rest': TRAIN, '3d': modes[i]}, 0.1, 0.04)
+      trace.append(jax.device_get((params, state, norms)))
+    return trace
+
+
+def adamw_by_hand(p, grads, lr=0.1, wd=0.04):
+  m = v = 0.
+  for t, g in enumerate(grads, 1):
+    m, v = .9 * m + .1 * g, .999 * v + .001 * g * g
+    p = p - lr * wd * p - lr * (m / (1 - .9 ** t)) / (np.sqrt(v / (1 - .999 ** t)) + 1e-8)
+  return p
+
+
+def test_skip_leaves_tensor_moments_and_counter_alone():
+  trace = run([SKIP, SKIP, TRAIN], 3)
+  for params, state, _ in trace[:2]:
+    np.testing.assert_array_equal(params['b3D']['kernel'], PARAMS['b3D']['kernel'])
+    assert int(state['3d'].count) == 0 and int(state['rest'].count) > 0
+  # the first step after two skipped ones has the size of a first Adam step
+  moved = PARAMS['b3D']['kernel'] - trace[2][0]['b3D']['kernel']
+  np.testing.assert_allclose(moved, 0.1 * 0.04 * 2 + 0.1, rtol=1e-6)
+  np.testing.assert_array_equal(trace[2][0]['g']['weight_g'], 1.)
+
+
+def test_zero_gradients_drift_only_after_a_real_step():
+  trace = run([ZERO, TRAIN, ZERO, ZERO], 4)
+  np.testing.assert_array_equal(trace[0][0]['b3D']['kernel'], 2.)
+  g = 2. + 0.2
+  np.testing.assert_allclose(trace[3][0]['b3D']['kernel'], adamw_by_hand(2., [g, 0., 0.]), rtol=1e-12)
+  assert int(trace[3][1]['3d'].count) == 3
+
+
+def test_bias_does_not_decay_and_clipping_scales_by_the_norm():
+  got = run([TRAIN], 1)[0][0]['a']['bias']
+  np.testing.assert_allclose(got, PARAMS['a']['bias'] - 0.1 * np.sign(PARAMS['a']['bias'] + .1), rtol=1e-6)
+  _, state, norms = run([SKIP], 1, clip=1e-3)[0]
+  mu = np.concatenate([np.ravel(x) for x in state['rest'].mu.values()])
+  np.testing.assert_allclose(np.linalg.norm(mu), 0.1 * 1e-3, rtol=2e-3)     # the skipped group is not in the norm
+  flat = np.concatenate([PARAMS['a']['kernel'].ravel(), PARAMS['a']['bias']]) + 0.1
+  np.testing.assert_allclose(norms['rest'], np.linalg.norm(flat), rtol=1e-12)
+  per_tensor = run([TRAIN], 1, clip=1e-3, mode='per_tensor')[0][1]
+  for group in per_tensor.values():
+    for x in group.mu.values():
+      np.testing.assert_allclose(np.linalg.norm(x), 0.1 * 1e-3, rtol=2e-3)
+
+
+def test_equals_torch_adamw():
+  torch = pytest.importorskip('torch')
+  start = torch.tensor(PARAMS['a']['kernel'], requires_grad=True)
+  opt = torch.optim.AdamW([start], lr=0.1, weight_decay=0.04)
+  for i in range(4):
+    start.grad = (start + 0.1 * (i + 1)).detach()
+    opt.step()
+  np.testing.assert_allclose(run([TRAIN] * 4, 4)[-1][0]['a']['kernel'], start.detach().numpy(), rtol=1e-10)

@@ -1,0 +1,61 @@
+"""Flags of the programs, and a one-line answer to a wrong one."""
+import difflib
+import importlib.util
+import os
+import re
+import sys
+
+from absl import flags
+
+
+def fail(text: str, code: int) -> int:
+  """Prints `ERROR text` on one line; returns the exit code."""
+  print('ERROR ' + ' '.join(str(text).split()), file=sys.stderr)
+  return code
+
+
+def parse(argv):
+  """Flag parser for app.run: exits with 2 and one line on an unknown key (with the nearest), type or preset."""
+  file = config_file(argv)
+  if file and not os.path.exists(file.partition(':')[0]):
+    sys.exit(fail(f'--config={file}: no such file; the shipped ones are in configs/', 2))
+  try:
+    return flags.FLAGS(argv)
+  except (flags.Error, KeyError, AttributeError, TypeError, ValueError, OSError) as e:
+    sys.exit(fail(reason(argv, e), 2))
+
+
+def config_file(argv) -> str | None:
+  return next((a.split('=', 1)[1] for a in argv if re.match(r'--?config=', a)), None)
+
+
+def reason(argv, error) -> str:
+  """What was wrong with the command line."""
+  text = ' '.join(str(error).split())
+  if 'Error whilst parsing config file' in text:      # the last of the traceback's lines says it
+    return re.sub(r'.*?\b\w*(Error|Exception): ', '', text.split('Traceback')[-1])
+  file = config_file(argv)
+  keys = [m[1] for a in argv if (m := re.match(r'--?config\.([\w.]+)', a))]
+  if isinstance(error, (KeyError, AttributeError)) and file:
+    known = leaves(load(file))
+    for key in keys:
+      if key not in known:
+        near = difflib.get_close_matches(key, known, 1, 0.)
+        return f'config key "{key}" unknown; did you mean "{near[0]}"?'
+  return text
+
+
+def load(file: str):
+  """Config of FILE[:arg] without overrides."""
+  path, _, arg = file.partition(':')
+  spec = importlib.util.spec_from_file_location('config_file', path)
+  module = importlib.util.module_from_spec(spec)
+  spec.loader.exec_module(module)
+  return module.get_config(*([arg] if arg else []))
+
+
+def leaves(config, prefix='') -> list[str]:
+  out = []
+  for k, v in config.items():
+    out += leaves(v, f'{prefix}{k}.') if hasattr(v, 'items') else [prefix + k]
+  return out
