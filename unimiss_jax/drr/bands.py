@@ -21,21 +21,34 @@ class Samples(NamedTuple):
   footprint: object    # [K] width of an output in voxels
 
 
-def weights(kind: str, samples: Samples, first: int, count: int, length: int, dtype):
-  """Dense weights `[K, n, count]` of the voxels first .. first + count - 1 of an axis of `length` voxels.
+class Strips(NamedTuple):
+  """The outputs of one axis in groups of STRIP, each with a run of voxels that it cannot reach beyond."""
+  coords: np.ndarray       # [K, S, STRIP], the last group filled up with copies of the last output
+  first: np.ndarray        # [S] first voxel of the run
+  count: int               # voxels of a run
 
-  Beyond the axis everything is zero: a row sums to the share of its output that lies inside.
+
+def weights(kind: str, coords, footprint, first, count: int, length: int, dtype):
+  """Weights `[..., count]` of the voxels first .. first + count - 1 of an axis of `length` voxels.
+
+  Beyond the axis everything is zero: the weights sum to the share of the output that lies inside.
+
+  Args:
+    kind: 'box' or 'linear'.
+    coords, footprint, first: arrays of the same rank, broadcast against each other.
+    count, length: numbers of voxels.
+    dtype: of the result; coordinates are made small, relative to `first`, before they are cast.
   """
-  xp = array_namespace(*samples)
-  c = (samples.coords - first).astype(dtype)[..., None]    # small numbers before float32
+  xp = array_namespace(coords, footprint)
+  c = (coords - first).astype(dtype)[..., None]
   j = xp.arange(count, dtype=dtype)
   if kind == 'box':    # overlap of two intervals of length f and 1 at distance |c - j|, divided by f
-    inverse = (1 / samples.footprint).astype(dtype)[:, None, None]
+    inverse = (1 / footprint).astype(dtype)[..., None]
     overlap = (1 + inverse) / 2 - xp.abs(c * inverse - j * inverse)
     return xp.clip(overlap, 0, xp.minimum(inverse, 1))
-  low, high = -first, length - 1 - first
-  hat = xp.maximum(1 - xp.abs(xp.clip(c, low, high) - j), 0)    # edge clamp within half a voxel
-  return xp.where((c >= low - .5) & (c <= high + .5), hat, 0)
+  inside = (coords >= -.5) & (coords <= length - .5)    # edge clamp within half a voxel
+  held = (xp.clip(coords, 0, length - 1) - first).astype(dtype)
+  return xp.where(inside[..., None], xp.maximum(1 - xp.abs(held[..., None] - j), 0), 0)
 
 
 def touches(samples: Samples, length: int) -> bool:
@@ -44,8 +57,8 @@ def touches(samples: Samples, length: int) -> bool:
   return bool(np.any((samples.coords + half > -.5) & (samples.coords - half < length - .5)))
 
 
-def contract_numpy(volume, rows: Samples, cols: Samples, kind: str):
-  """Banded form: a strip of outputs against the run of voxels which it sees, one matrix product per slice.
+def banded(volume, rows: Samples, cols: Samples, kind: str):
+  """numpy form: strips of outputs against the runs of voxels which they see, in few matrix products.
 
   Args:
     volume: `[K, nr, nc]`, any strides.
@@ -56,32 +69,32 @@ def contract_numpy(volume, rows: Samples, cols: Samples, kind: str):
     `[h, w]` float64 for a float64 volume, else float32.
   """
   dtype = np.float64 if volume.dtype == np.float64 else np.float32
-  (_, nr, nc), h, w = volume.shape, rows.coords.shape[1], cols.coords.shape[1]
-  row_strips, col_strips = _strips(rows, nr), _strips(cols, nc)
-  if not row_strips or not col_strips:
-    return np.zeros((h, w), dtype)
-  row_band, (j0, j1) = _extent(row_strips)
-  col_band, (i0, i1) = _extent(col_strips)
-  if row_band * (i1 - i0) + col_band * h > col_band * (j1 - j0) + row_band * w:    # columns first is less work
-    return contract_numpy(volume.transpose(0, 2, 1), cols, rows, kind).T
-  volume = _for_blas(volume[:, j0:j1, i0:i1], dtype)
-  half = np.zeros((h, len(volume), i1 - i0), dtype)    # [h, K, nc]
-  for outputs, lo, hi in row_strips:
-    band = weights(kind, _part(rows, outputs), lo, hi - lo, nr, dtype)
-    np.matmul(band, volume[:, lo - j0:hi - j0], out=half[outputs].transpose(1, 0, 2))
-  image = np.zeros((w, h), dtype)
-  for outputs, lo, hi in col_strips:
-    band = weights(kind, _part(cols, outputs), lo, hi - lo, nc, dtype)
-    band = band.transpose(1, 0, 2).reshape(band.shape[1], -1)    # slices and voxels are summed in one product
-    image[outputs] = band @ half[:, :, lo - i0:hi - i0].reshape(h, -1).T
-  return image.T
+  (depth, nr, nc), h, w = volume.shape, rows.coords.shape[1], cols.coords.shape[1]
+  row, col = _strips(rows, nr), _strips(cols, nc)
+  (j0, j1), (i0, i1) = ((s.first.min(), s.first.max() + s.count) for s in (row, col))
+  rows_first, cols_first = h * (row.count * (i1 - i0) + w * col.count), w * (col.count * (j1 - j0) + h * row.count)
+  if rows_first > 2 * cols_first:    # not for less: the strided rows of an image cost as much again
+    return banded(volume.transpose(0, 2, 1), cols, rows, kind).T
+  volume = _for_blas(volume[:, j0:j1, i0:i1], dtype).transpose(0, 2, 1)    # [K, nc, nr]
+  bands = weights(kind, row.coords, rows.footprint[:, None, None], row.first[:, None], row.count, nr, dtype)
+  bands = bands.transpose(1, 0, 3, 2)                                    # [S, K, voxel, STRIP]
+  half = np.empty((i1 - i0, depth, bands.shape[0] * STRIP), dtype)       # [nc, K, h]
+  for s, lo in enumerate(row.first - j0):
+    out = half[..., s * STRIP:(s + 1) * STRIP].transpose(1, 0, 2)
+    np.matmul(volume[..., lo:lo + row.count], bands[s], out=out)
+  bands = weights(kind, col.coords, cols.footprint[:, None, None], col.first[:, None], col.count, nc, dtype)
+  bands = np.ascontiguousarray(bands.transpose(1, 2, 3, 0)).reshape(-1, STRIP, col.count * depth)
+  image = np.empty((bands.shape[0], STRIP, half.shape[2]), dtype)        # [w, h]
+  for s, lo in enumerate(col.first - i0):    # voxels and slices are summed in one product
+    np.matmul(bands[s], half[lo:lo + col.count].reshape(col.count * depth, -1), out=image[s])
+  return image.reshape(-1, half.shape[2])[:w, :h].T
 
 
-def contract_jax(volume, rows: Samples, cols: Samples, kind: str):
-  """Dense form of the same sum: a scan over chunks of slices which builds its weights inside.
+def dense(volume, rows: Samples, cols: Samples, kind: str):
+  """jax form of the same sum: a scan over chunks of slices which builds its weights inside.
 
-  Args and result as `contract_numpy`; `CHUNK` bounds the memory of the weights. Products of bfloat16
-  volumes accumulate in float32.
+  Args and result as `banded`; `CHUNK` bounds the memory of the weights. Products of bfloat16 volumes
+  accumulate in float32.
   """
   import jax
   import jax.numpy as jnp
@@ -97,8 +110,8 @@ def contract_jax(volume, rows: Samples, cols: Samples, kind: str):
     return x.reshape(chunks, size, *x.shape[1:])
 
   def add(image, chunk):
-    slices, rows, cols = chunk
-    w_row, w_col = weights(kind, rows, 0, nr, nr, wide), weights(kind, cols, 0, nc, nc, wide)
+    slices, *samples = chunk
+    w_row, w_col = (weights(kind, s.coords, s.footprint[:, None], 0, n, n, wide) for s, n in zip(samples, (nr, nc)))
     einsum = lambda *args: jnp.einsum(*args, precision='highest', preferred_element_type=wide)
     if rows_first:
       half = einsum('khj,kji->khi', w_row.astype(narrow), slices.astype(narrow))
@@ -110,28 +123,15 @@ def contract_jax(volume, rows: Samples, cols: Samples, kind: str):
   return jax.lax.scan(add, jnp.zeros((h, w), wide), stack)[0]
 
 
-def _strips(samples: Samples, length: int) -> list[tuple[slice, int, int]]:
-  """[(outputs, first voxel, end)]: short runs of outputs with all voxels that they may touch in any slice."""
+def _strips(samples: Samples, length: int) -> Strips:
   reach = np.maximum(samples.footprint / 2 + .5, 1.)[:, None]
-  lowest = np.floor((samples.coords - reach).min(0))
-  highest = np.ceil((samples.coords + reach).max(0)) + 1
-  strips = []
-  for start in range(0, len(lowest), STRIP):
-    outputs = slice(start, start + STRIP)
-    lo, hi = max(0, int(lowest[outputs].min())), min(length, int(highest[outputs].max()))
-    if lo < hi:
-      strips.append((outputs, lo, hi))
-  return strips
-
-
-def _extent(strips) -> tuple[int, tuple[int, int]]:
-  """(area of the band, (first voxel, end) of all strips)."""
-  area = sum(STRIP * (hi - lo) for _, lo, hi in strips)
-  return area, (min(lo for _, lo, _ in strips), max(hi for _, _, hi in strips))
-
-
-def _part(samples: Samples, outputs: slice) -> Samples:
-  return Samples(samples.coords[:, outputs], samples.footprint)
+  fill = -samples.coords.shape[1] % STRIP
+  coords = np.pad(samples.coords, ((0, 0), (0, fill)), mode='edge') if fill else samples.coords
+  first = np.floor((coords - reach).min(0)).reshape(-1, STRIP).min(1)
+  end = np.ceil((coords + reach).max(0)).reshape(-1, STRIP).max(1) + 1
+  first, end = (np.clip(x, 0, length).astype(int) for x in (first, end))
+  count = max(1, (end - first).max())
+  return Strips(coords.reshape(len(coords), -1, STRIP), np.minimum(first, length - count), count)
 
 
 def _for_blas(volume, dtype):

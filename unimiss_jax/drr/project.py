@@ -86,7 +86,7 @@ def _project_along(volume, spacing, source, film, kind, axes):
   cols, dc = along(col, film.origin_mm[col], film.col_step_mm[col], film.shape[1], nc)
   if xp is np and not (bands.touches(rows, nr) and bands.touches(cols, nc)):
     raise ValueError('the window misses the volume: move it or the film (origin_mm, steps) over the shadow of the box')
-  contract = bands.contract_numpy if array_namespace(volume, rows, cols) is np else bands.contract_jax
+  contract = bands.banded if array_namespace(volume, rows, cols) is np else bands.dense
   with np.errstate(invalid='ignore', over='ignore'):    # of a volume that is refused for it afterwards
     image = contract(volume.transpose(axes), rows, cols, kind)
   length = xp.sqrt(gap ** 2 + dr[:, None] ** 2 + dc ** 2) / abs(gap) * spacing[march]    # of a ray in one slice
