@@ -17,7 +17,7 @@ def test_minus_one_fills():
 
 @pytest.mark.parametrize('data,fsdp', [(3, 1), (-1, 3), (-1, -1), (0, 8), (16, 1), (-2, 1)])
 def test_a_mesh_that_does_not_fit_is_refused(data, fsdp):
-  with pytest.raises(ValueError, match=r'mesh.data=.*does not fit 8 devices.*FIX|mesh.data=.*does not fit 8 devices'):
+  with pytest.raises(ValueError, match=r'does not fit 8 devices'):
     sharding.make_mesh(data, fsdp)
 
 

@@ -55,8 +55,12 @@ class Checkpoints:
         logging.warning('checkpoint %d unreadable (%s); continuing from %d; nothing was deleted', step, reason, older)
     return None
 
-  def close(self) -> None:
+  def wait(self) -> None:
+    """Until all saves are on disk."""
     self._manager.wait_until_finished()
+
+  def close(self) -> None:
+    self.wait()
     self._manager.close()
 
 

@@ -16,14 +16,16 @@ SMALL = 2 ** 16     # numbers; below this a tensor is not worth splitting (chose
 
 
 def make_mesh(data: int, fsdp: int, devices=None) -> jax.sharding.Mesh:
-  """Mesh of data x fsdp devices; -1 (one of the two) fills with what is left."""
+  """Mesh of data x fsdp devices; -1 (one of the two) fills with what is left.
+
+  Raises:
+    ValueError: data * fsdp is not the number of devices.
+  """
   devices = jax.devices() if devices is None else devices
-  n, sizes = len(devices), [data, fsdp]
-  known = max(data, 1) * max(fsdp, 1) if -1 in sizes else data * fsdp
-  if sizes.count(-1) > 1 or 0 in sizes or min(sizes) < -1 or n % known or (-1 not in sizes and known != n):
-    raise ValueError(f'mesh.data={data}, mesh.fsdp={fsdp} does not fit {n} devices: '
-                     f'their product must be {n}; use -1 for one of them to fill')
-  sizes = [n // known if s == -1 else s for s in sizes]
+  n = len(devices)
+  sizes = [n // -(data * fsdp) if s == -1 else s for s in (data, fsdp)]
+  if (data, fsdp).count(-1) > 1 or min(sizes) < 1 or sizes[0] * sizes[1] != n:
+    raise ValueError(f'mesh of {data} x {fsdp} does not fit {n} devices')
   return jax.make_mesh(tuple(sizes), AXES, axis_types=(AxisType.Auto,) * 2, devices=devices)
 
 

@@ -12,6 +12,7 @@ class TrainState(NamedTuple):
   extra: Any            # not trained: teacher, centre, bank
 
 
+@jax.jit
 def own(state):
   """A copy in buffers of its own: a donated step must not meet one buffer twice (student = teacher)."""
   return jax.tree.map(jnp.copy, state)

@@ -56,7 +56,11 @@ def train_and_evaluate(config, folder: str, resume: str = 'auto', preempt_exit_c
       logging.info('%s is complete (file DONE); nothing to do', folder)
       return 0
     with Watchdog(config.log.watchdog_min) as watchdog:
-      return Run(config, folder, resume).train(stop, watchdog, preempt_exit_code)
+      run = Run(config, folder, resume)
+      try:
+        return run.train(stop, watchdog, preempt_exit_code)
+      finally:
+        run.close()
   finally:
     stop.restore()
     logging.getLogger().removeHandler(handler)
@@ -84,6 +88,7 @@ class Run:
   def __init__(self, config, folder, resume):
     self.config, self.folder = config, folder
     self.main = jax.process_index() == 0
+    self.writer = None
     self.mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp)
     self.streams = streams.build(config, validate.streams(config), jax.process_index(), jax.process_count())
     self.method = base.make(config, {n: (s.records, s.spec) for n, s in self.streams.items()})
@@ -117,7 +122,8 @@ class Run:
   def train(self, stop, watchdog, preempt_exit_code) -> int:
     config, total = self.config, self.total
     start = int(self.state.step)
-    self.writer = Writer(self.folder, start, config.log.tensorboard) if self.main else None
+    if self.main:
+      self.writer = Writer(self.folder, start, config.log.tensorboard)
     self.describe()
     plan = [self.method.schedule(i)[0] for i in range(total)]
     names = tuple(self.method.phases)
@@ -142,10 +148,10 @@ class Run:
       watchdog.alive()
       progress.add(name, self.method.phases[name].streams, wait, time.monotonic() - began)
       after = i + 1
-      if int(metrics['train/skipped']):
-        self.skipped(i, name, metrics)
       if i in logged or after == total:
         self.log(i, name, metrics, progress)
+      if int(metrics['train/skipped']):
+        self.skipped(i, name, metrics)
       if name not in chance_said and self.main:
         chance_said.add(name)
         logging.info('chance level of %s: %s', name, ', '.join(
@@ -159,8 +165,7 @@ class Run:
         self.save(after, positions)
       if stop.received and not last:
         return self.leave(after, stop.received, preempt_exit_code)
-    self.checkpoints.close()
-    self.close()
+    self.checkpoints.wait()
     if self.main:
       (epath.Path(self.folder) / 'DONE').write_text(json.dumps(workdir.config_hash(config)))
       tests = int((~self.evalset.fit['ct']).sum()) if self.evalset and 'ct' in self.evalset.fit else 0
@@ -236,12 +241,13 @@ class Run:
         'versions': workdir.versions()})
 
   def leave(self, at: int, why: str, code: int) -> int:
-    self.checkpoints.close()
-    self.close()
+    self.checkpoints.wait()
     logging.info('%s: saved step %d; the same command continues from there', why, at)
     return code
 
   def close(self):
+    """Ends threads; what was being saved is saved."""
+    self.checkpoints.close()
     for stream in self.streams.values():
       stream.close()
     if self.writer:

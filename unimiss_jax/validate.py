@@ -1,5 +1,6 @@
 """A config is checked once, before anything is read or compiled; every message names leaf, value and remedy."""
 import importlib.util
+import math
 
 
 class ConfigError(ValueError):
@@ -100,7 +101,12 @@ def check_size(path, size, multiple, least) -> None:
 
 
 def check_devices(config, devices: int) -> None:
-  """Every device holds the same number of rows of every (micro-)batch."""
+  """The mesh fits the devices, and each of them holds the same number of rows of every (micro-)batch."""
+  data, fsdp = config.mesh.data, config.mesh.fsdp
+  fixed = [s for s in (data, fsdp) if s != -1]
+  if not fixed or min(fixed) < 1 or devices % math.prod(fixed) or len(fixed) == 2 and data * fsdp != devices:
+    raise ConfigError(f'mesh.data={data}, mesh.fsdp={fsdp} does not fit {devices} devices: '
+                      f'their product must be {devices}; use -1 for one of them to fill')
   n = devices * config.optim.accum
   for s in streams(config):
     b = config.batch[s]

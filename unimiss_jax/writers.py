@@ -28,7 +28,8 @@ class Writer:
     self._file.flush()
     if self._board:
       for k, v in scalars.items():
-        self._board.add_scalar(f'{k}/{phase}' if phase else k, float(v), int(step))
+        if math.isfinite(v):
+          self._board.add_scalar(f'{k}/{phase}' if phase else k, float(v), int(step))
 
   def write_images(self, step: int, images: dict) -> None:
     """{name: [H, W, 3] uint8}, TensorBoard only (the PNG files are the report's)."""

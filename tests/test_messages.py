@@ -1,0 +1,117 @@
+"""A user's fault gives one clear line: what is wrong, what was found, what to do; never a traceback."""
+import re
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from data_pipelines.errors import DataError
+from tests.conftest import ROOT
+from tests.e2e import tiny
+from unimiss_jax import train
+from unimiss_jax.validate import ConfigError, check_devices, validate
+
+LEAVES = [
+    ({'steps': 0}, r'steps=0, epochs=0: exactly one .* set the other to 0'),
+    ({'epochs': 2}, r'steps=8, epochs=2: exactly one'),
+    ({'views.xray.size': 100}, r'views.xray.size=100 invalid: .* multiple of 16.* nearest valid 96'),
+    ({'views.ct.size': (18, 64, 64)}, r'views.ct.size depth=18 invalid: .* multiple of 4.* nearest valid 16'),
+    ({'views.ct.size': (16, 64, 40)}, r'views.ct.size.*=40 invalid: .* nearest valid'),
+    ({'model.image_size': 32}, r'model.image_size=32 invalid: .* at least 64; nearest valid 64'),
+    ({'model.depths': (1, 1, 1)}, r'model.num_heads=\(1, 1, 1, 1\): needs 3 numbers'),
+    ({'phases.unit': 'epok'}, r'phases.unit="epok" unknown: use one of epoch, step, joint'),
+    ({'phases.ct': 0, 'phases.xray': 0}, r'nothing to train on'),
+    ({'batch.ct': 0}, r'batch.ct=0: must be at least 1, or set phases.ct=0'),
+    ({'drr.kind': 'siddon'}, r'drr.kind="siddon" unknown: use one of box, linear'),
+    ({'optim.accum': 0}, r'optim.accum=0: must be at least 1'),
+    ({'eval.fit': 24}, r'eval.fit=24: must lie between 0 and eval.records=24'),
+    ({'method': 'unimis'}, r'method "unimis" unknown'),
+]
+
+
+@pytest.mark.parametrize('overrides,text', LEAVES)
+def test_a_leaf_that_cannot_work_is_named(overrides, text):
+  with pytest.raises(ConfigError, match=text) as e:
+    validate(tiny.config(**overrides))
+  assert '\n' not in str(e.value)
+
+
+def test_both_shipped_presets_are_valid():
+  from configs import unimiss_plus
+  for preset in unimiss_plus.PRESETS:
+    validate(unimiss_plus.get_config(preset))
+
+
+def test_a_batch_that_the_devices_cannot_share():
+  with pytest.raises(ConfigError, match='batch.ct=100 not divisible by 16 devices: use 96 or 112'):
+    check_devices(tiny.config(**{'batch.ct': 100}), 16)
+  with pytest.raises(ConfigError, match='batch.ct=8 not divisible by 8 devices x 2 micro-batches: use 16'):
+    check_devices(tiny.config(**{'optim.accum': 2}), 8)
+
+
+def test_accumulation_with_a_loss_between_samples(tmp_path):
+  c = tiny.config(**{'optim.accum': 2, 'batch.ct': 16, 'batch.xray': 16})
+  with pytest.raises(ConfigError, match='optim.accum=2: a loss of this run compares samples'):
+    train.train_and_evaluate(c, str(tmp_path))
+
+
+def test_an_empty_folder(tmp_path):
+  (tmp_path / 'data').mkdir()
+  (tmp_path / 'data' / 'note.txt').write_text('nothing')
+  with pytest.raises(DataError, match=r'EMPTY_DIR .*data: no readable .*FIX'):
+    train.train_and_evaluate(tiny.config(**{'data.ct': str(tmp_path / 'data')}), str(tmp_path / 'run'))
+
+
+def test_a_mesh_that_does_not_fit(tmp_path):
+  with pytest.raises(ConfigError, match='mesh.data=3, mesh.fsdp=1 does not fit 8 devices'):
+    train.train_and_evaluate(tiny.config(**{'mesh.data': 3}), str(tmp_path))
+
+
+COMMANDS = [
+    (['--config=configs/unimiss_plus.py', '--workdir=/x', '--config.optim.lrr=2'], 2,
+     'config key "optim.lrr" unknown; did you mean "optim.lr"?'),
+    (['--config=configs/unimiss_plus.py', '--workdir=/x', '--config.steps=1.5'], 2, '--config.steps=1.5: invalid'),
+    (['--config=configs/unimiss_plus.py:plane', '--workdir=/x'], 2, 'did you mean "plain"'),
+    (['--config=configs/none.py', '--workdir=/x'], 2, 'no such file'),
+    (['--config=configs/unimiss_plus.py'], 2, 'missing --workdir. usage: main.py --config=FILE'),
+    ([], 2, 'missing --config. usage: main.py'),
+]
+
+
+@pytest.mark.parametrize('arguments,code,text', COMMANDS)
+def test_the_command_line_answers_in_one_line(arguments, code, text):
+  done = subprocess.run([sys.executable, 'main.py', *arguments], cwd=ROOT, capture_output=True, text=True)
+  lines = done.stderr.strip().splitlines()
+  assert done.returncode == code and len(lines) == 1 and re.search(text, lines[0]), done.stderr
+
+
+def test_a_bad_value_exits_with_1_and_one_error_line(tmp_path):
+  done = subprocess.run([sys.executable, 'main.py', '--config=configs/unimiss_plus.py', f'--workdir={tmp_path}',
+                         '--config.views.drr.size=70'], cwd=ROOT, capture_output=True, text=True)
+  errors = [r for r in done.stderr.splitlines() if 'ERROR' in r]
+  assert done.returncode == 1 and 'Traceback' not in done.stderr
+  assert errors == ['ERROR views.drr.size=70 invalid: must be a multiple of 16, at least 64; nearest valid 64']
+
+
+def test_print_config_prints_and_ends():
+  done = subprocess.run([sys.executable, 'main.py', '--config=configs/unimiss_plus.py', '--print_config',
+                         '--config.seed=7'], cwd=ROOT, capture_output=True, text=True)
+  assert done.returncode == 0 and 'seed: 7' in done.stdout
+
+
+def test_a_loss_that_is_never_finite_ends_the_run(tmp_path):
+  from data_pipelines import streams
+  original = streams.Stream.next
+
+  def poisoned(self):
+    batch = original(self)
+    return batch | {k: np.full_like(batch[k], np.nan) for k in ('ct', 'drr', 'xray') if k in batch}
+  streams.Stream.next = poisoned
+  try:
+    with pytest.raises(train.TrainError, match='2 steps in a row were not finite; the last good checkpoint is none'):
+      train.train_and_evaluate(tiny.config(**{'optim.max_skipped': 2}), str(tmp_path))
+  finally:
+    streams.Stream.next = original
+  rows = tiny.metrics(tmp_path)
+  assert rows[0, 'ct']['train/skipped'] == 1 and rows[0, 'ct']['train/loss'] is None
