@@ -124,6 +124,10 @@ class _Views(grain.transforms.RandomMap):
 
   def __init__(self, name, config):
     self.name, self.config = name, config
+    _single_threaded_blas()
+
+  def __reduce__(self):    # so that a worker process passes through __init__ too
+    return type(self), (self.name, self.config)
 
   def random_map(self, record, rng: np.random.Generator):
     key = rng.integers(0, 2**32, 2, np.uint32)
@@ -136,6 +140,16 @@ def _parse_flags() -> None:
   from absl import flags
   if not flags.FLAGS.is_parsed():
     flags.FLAGS.mark_as_parsed()
+
+
+def _single_threaded_blas() -> None:
+  """Views are many small matrix products in several threads: a BLAS that starts threads of its own for each of them
+  makes a stream 10 to 50 times slower."""
+  try:
+    from threadpoolctl import threadpool_limits
+  except ImportError:    # then OPENBLAS_NUM_THREADS=1 in the environment does it
+    return
+  threadpool_limits(1, 'blas')
 
 
 def _source(name: str, config):
