@@ -50,10 +50,12 @@ def find(spec: str, kind: str, leaf: str) -> Found:
 
 
 def _expand(part: str) -> list[str]:
-  if '://' in part:    # an object store
-    scheme, _, inside = part.partition('://')
-    bucket, _, pattern = (inside if '*' in inside else inside.rstrip('/') + '/**/*').partition('/')
-    return [os.fspath(p) for p in epath.Path(f'{scheme}://{bucket}').glob(pattern) if '.' in p.name.strip('.')]
+  if '://' in part:    # object stores: whole folders, or patterns without `**`
+    root, star, rest = part.rstrip('/').partition('*')
+    if star:
+      folder, _, name = root.rpartition('/')
+      return [str(p) for p in epath.Path(folder).glob(name + star + rest)]
+    return [str(folder / name) for folder, _, names in epath.Path(root).walk() for name in names]
   part = os.path.expanduser(part)
   out = []
   for match in [part] if os.path.exists(part) else glob.glob(part, recursive=True):

@@ -337,3 +337,35 @@ def test_manifest_faults(tmp_path, text, message):
   path.write_text(text)
   with pytest.raises(DataError, match=message):
     manifest.read(path)
+
+
+# ---- what the user sees
+
+def test_progress_is_shown_only_for_slow_work(monkeypatch, capsys):
+  now = [0.]
+  monkeypatch.setattr(files.time, 'monotonic', lambda: now[0])
+  progress = files.Progress('data.ct: checking files', 10)
+  for _ in range(4):
+    now[0] += .5
+    progress.advance()
+  assert capsys.readouterr().err == ''
+  now[0] += .5
+  progress.advance()
+  assert capsys.readouterr().err == 'data.ct: checking files: 5/10, 2.0/s, 2 s left\n'
+
+
+def test_object_stores_are_listed_through_epath(monkeypatch):
+  class Bucket(str):
+    __truediv__ = lambda self, name: Bucket(f'{self}/{name}')
+
+    def walk(self):
+      yield self, ['sub'], ['y.nii', 'z.dcm']
+      yield self / 'sub', [], ['x.nii.gz']
+
+    def glob(self, pattern):
+      return [self / pattern.replace('*', '1'), self / pattern.replace('*', '2')]
+
+  monkeypatch.setattr(files.epath, 'Path', Bucket)
+  found = files.find('gs://bucket/a/', 'volume', 'data.ct')
+  assert found == (['gs://bucket/a/sub/x.nii.gz', 'gs://bucket/a/y.nii'], '1 *.dcm')
+  assert files.find('s3://b/c/t*.nii', 'volume', 'data.ct').files == ['s3://b/c/t1.nii', 's3://b/c/t2.nii']
