@@ -29,6 +29,7 @@ def build(config, names=None, shard_index: int = 0, shard_count: int = 1) -> dic
     DataError: nothing to read at data.ct or data.xray.
     ValueError: a global batch that the shards cannot share evenly.
   """
+  _single_threaded_blas()    # sources reduce scans with it
   names = [n for n in STREAMS if config.batch[n]] if names is None else names
   return {n: Stream(n, config, _source(n, config), shard_index, shard_count) for n in names}
 
