@@ -31,11 +31,12 @@ def hu_to_mu(hu, model: str = 'water', mu_water: float = MU_WATER):
   dtype = np.float64 if hu.dtype == np.float64 else np.float32
   if model == 'minmax':
     return minmax(hu.astype(dtype))
-  hu = xp.clip(hu, *HU_RANGE)
+  hu = xp.clip(hu, *HU_RANGE).astype(dtype)
   if model == 'water':
-    return (hu.astype(dtype) + dtype(1000)) * dtype(mu_water / 1000)
+    hu += dtype(1000)
+    hu *= dtype(mu_water / 1000)    # in place, of the copy
+    return hu
   if model == 'bone_soft':
-    hu = hu.astype(dtype)
     return dtype(SOFT) + hu * xp.where(hu > 0, dtype((BONE - SOFT) / 1000), dtype(SOFT / 1000))
   raise ValueError(f'attenuation model "{model}" unknown: use one of {", ".join(MODELS)}')
 

@@ -35,8 +35,8 @@ def crop_resize(image, start, size, flip, out, kind: str):
     image, start = image[low[0]:high[0], low[1]:high[1]], start - low
   rows, cols = (matrices.resize(kind, start[i], size[i], image.shape[i], out[i], flip[i]) for i in range(2))
   white = np.iinfo(image.dtype).max if np.issubdtype(image.dtype, np.integer) else 1
-  x = xp.matmul(image.astype(np.float32), cols.T / np.float32(white))
-  return xp.clip(xp.matmul(rows, xp.clip(x, 0, 1)), 0, 1)    # Pillow: columns first, overshoot cut after each
+  x = matrices.right(image.astype(np.float32), cols / np.float32(white))
+  return xp.clip(matrices.left(rows, xp.clip(x, 0, 1)), 0, 1)    # Pillow: columns first, overshoot cut after each
 
 
 def photometric(x, params):
@@ -48,8 +48,11 @@ def photometric(x, params):
       (neutral: 1, 1, any, 1, 0, 0) and noise_key `[2]` uint32.
   """
   xp = array_namespace(x, params)
-  early, late = contrast(x, params['contrast']), brightness(x, params['brightness'])
-  x = xp.where(params['contrast_first'], brightness(early, params['brightness']), contrast(late, params['contrast']))
+  swap, bright, spread = params['contrast_first'], params['brightness'], params['contrast']
+  if xp is np:
+    x = brightness(contrast(x, spread), bright) if swap else contrast(brightness(x, bright), spread)
+  else:
+    x = xp.where(swap, brightness(contrast(x, spread), bright), contrast(brightness(x, bright), spread))
   x = noise(x ** params['gamma'], params['noise_std'], params['noise_key'])
   return xp.clip(blur(x, params['blur_sigma']), 0, 1)
 

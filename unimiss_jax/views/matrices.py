@@ -9,6 +9,8 @@ import numpy as np
 
 from unimiss_jax.drr.geometry import array_namespace
 
+STRIP = 16    # outputs that share one run of columns of a banded matrix; smaller products cost more than they save
+
 
 def resize(kind: str, start, size, length: int, out: int, flip=False):
   """Matrix `[out, length]` which shows the box start .. start + size of an axis as `out` samples.
@@ -60,6 +62,36 @@ def blur(sigma, length: int, radius: int, edge: str, truncate: float = np.inf):
   taps = xp.where(offset <= xp.floor(truncate * sigma + .5), taps, 0) if np.isfinite(truncate) else taps
   taps = taps / taps.sum(1, keepdims=True)
   return (taps @ _shifts(length, radius, edge)).reshape(-1, length, length)
+
+
+def left(matrix, x):
+  """`matrix @ x` for a banded matrix `[..., n, m]` and `[..., m, k]`; numpy skips what is all zero."""
+  xp = array_namespace(matrix, x)
+  if xp is not np:
+    return xp.matmul(matrix, x)
+  n = matrix.shape[-2]
+  y = np.empty((*x.shape[:-2], n, x.shape[-1]), np.result_type(matrix, x))
+  for start in range(0, n, STRIP):
+    strip = matrix[..., start:start + STRIP, :]
+    used = np.flatnonzero(strip.any(tuple(range(strip.ndim - 1))))
+    run = slice(used[0], used[-1] + 1) if len(used) else slice(0)
+    np.matmul(strip[..., run], x[..., run, :], out=y[..., start:start + STRIP, :])
+  return y
+
+
+def right(x, matrix):
+  """`x @ matrix.T` for a banded matrix `[n, m]` and `[..., m]`; numpy skips what is all zero."""
+  xp = array_namespace(x, matrix)
+  if xp is not np:
+    return xp.matmul(x, matrix.T)
+  y = np.empty((*x.shape[:-1], len(matrix)), np.result_type(matrix, x))
+  columns = np.ascontiguousarray(matrix.T)
+  for start in range(0, len(matrix), STRIP):
+    strip = columns[:, start:start + STRIP]
+    used = np.flatnonzero(strip.any(1))
+    run = slice(used[0], used[-1] + 1) if len(used) else slice(0)
+    np.matmul(x[..., run], strip[run], out=y[..., start:start + STRIP])
+  return y
 
 
 @functools.lru_cache(maxsize=16)
