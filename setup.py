@@ -26,6 +26,7 @@ setup(
         'scipy>=1.13',
         'tensorboardX>=2.6.5',
         'tensorflow-datasets>=4.9.10',
+        'threadpoolctl>=3',
     ],
     extras_require={
         'test': ['hypothesis', 'pytest', 'ruff', 'scikit-learn', 'SimpleITK', 'tensorboard'],
