@@ -28,7 +28,8 @@ def view(volume, params, cfg):
   x = crop_resize(volume, params['box_start'], params['box_size'], params['flip'], cfg.size, cfg.resize, cfg.pad_hu)
   x = noise(x, params['noise_std'], params['noise_key'])
   x = blur(x, params['blur_sigma'], cfg.blur_sigma[1])
-  x = x * _column(params['mul']) + _column(params['add'])
+  x = x * _column(params['mul'])
+  x += _column(params['add'])
   x = contrast(x, params['contrast'], cfg.aug_unit)
   return gamma(x, params['gamma'], cfg.aug_unit, cfg.gamma_stats)
 
@@ -63,7 +64,11 @@ def crop_resize(volume, start, size, flip, out, kind: str, pad_hu: float):
 def noise(x, std, key):
   """Adds white Gaussian noise drawn from `key` `[2]` uint32. numpy and jax draw different noise of one law."""
   if array_namespace(x, std, key) is np:
-    return x if std == 0 else x + _normal(key, x.shape, np.float32(std))
+    if std == 0:
+      return x
+    y = _normal(key, x.shape, np.float32(std))
+    y += x
+    return y
   import jax
   return x + std * jax.random.normal(jax.random.wrap_key_data(key, impl='threefry2x32'), x.shape)
 
@@ -77,7 +82,7 @@ def blur(x, sigma, max_sigma: float):
   radius = int(TRUNCATE * max_sigma + .5)
   which = np.flatnonzero(sigma) if xp is np else slice(None)
   filters = {n: matrices.blur(sigma[which], n, radius, 'half', TRUNCATE) for n in x.shape[1:]}
-  y = xp.matmul(xp.matmul(filters[x.shape[1]], x[which]), filters[x.shape[2]])    # symmetric matrices
+  y = xp.matmul(matrices.left(filters[x.shape[1]], x[which]), filters[x.shape[2]])    # symmetric matrices
   if xp is not np:
     return y
   x = x.copy()
@@ -93,7 +98,9 @@ def contrast(x, factor, unit: str = 'slice'):
   xp, units = array_namespace(x, factor), _units(x, unit)
   factor = factor[:len(units), None]
   low, high, mean = (f(1, keepdims=True) for f in (units.min, units.max, units.mean))
-  return xp.clip(units * factor + mean * (1 - factor), low, high).reshape(x.shape)
+  y = units * factor
+  y += mean * (1 - factor)
+  return xp.clip(y, low, high).reshape(x.shape)
 
 
 def gamma(x, exponent, unit: str = 'slice', stats: str = 'fixed'):
@@ -111,10 +118,13 @@ def gamma(x, exponent, unit: str = 'slice', stats: str = 'fixed'):
     return x
   low, mean = units.min(1, keepdims=True), units.mean(1, keepdims=True)
   extent = units.max(1, keepdims=True) - low + np.float32(1e-7)
-  y = ((units - low) / extent) ** exponent[:len(units), None]
-  shift, std = y.mean(1, keepdims=True), _deviation(units, mean)
-  scale = std / (extent * _deviation(y, shift) + np.float32(1e-8))    # y * extent + low is what has that deviation
-  y = (y - shift) * (extent * scale) + (mean * scale if stats == 'bg0197' else mean)
+  y = units - low
+  y *= 1 / extent
+  y **= exponent[:len(units), None]
+  y -= y.mean(1, keepdims=True)
+  scale = _norm(units - mean) / (extent * _norm(y) + np.float32(1e-8))    # of y * extent + low
+  y *= extent * scale
+  y += mean * scale if stats == 'bg0197' else mean
   return y.reshape(x.shape)
 
 
@@ -143,10 +153,9 @@ def _units(x, unit: str):    # [D, H, W] -> [D or 1, pixels]
   return x.reshape(len(x) if unit == 'slice' else 1, -1)
 
 
-def _deviation(x, mean):
-  xp = array_namespace(x)
-  centred = x - mean
-  return xp.sqrt(xp.vecdot(centred, centred) / np.float32(x.shape[1]))[:, None]
+def _norm(centred):    # standard deviation [U, 1] of what has no mean
+  xp = array_namespace(centred)
+  return xp.sqrt(xp.vecdot(centred, centred) / np.float32(centred.shape[1]))[:, None]
 
 
 def _column(per_slice):    # [D] -> [D, 1, 1]
