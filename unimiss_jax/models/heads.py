@@ -5,6 +5,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from unimiss_jax.models.layers import gelu
+
 LINEAR_INITS = {'released': nn.initializers.normal(0.02),
                 'fan_in': nn.initializers.variance_scaling(1.0, 'fan_in', 'normal')}
 
@@ -36,7 +38,6 @@ class DINOHead(nn.Module):
 
   def project(self, x):
     """[B, E] -> [B, bottleneck_dim], the output of the MLP before its L2 norm."""
-    gelu = lambda h: nn.gelu(h, approximate=False)
     return self.mlp_4(gelu(self.mlp_2(gelu(self.mlp_0(x)))))
 
 
