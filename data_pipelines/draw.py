@@ -9,6 +9,8 @@ smaller, not to 256 x 256.
 All functions return {group: {name: array}} with a leading axis of views (2; centre views 1); groups are
 'ct', 'drr' or 'xray', names and units those of `unimiss_jax.views` and of `drr.geometry.camera`.
 """
+import math
+
 import numpy as np
 
 from unimiss_jax.drr import geometry
@@ -109,35 +111,38 @@ def _intensities(rng, cfg) -> dict:
   """Per-slice parameters `[2, D]` of the CT operations; with aug_unit='volume' all slices share one draw."""
   depth = cfg.size[0]
   n = depth if cfg.aug_unit == 'slice' else 1
-  of_sample = lambda p: (rng.random(2) < p)[:, None]
-  of_unit = lambda p: rng.random((2, n)) < np.array(p)[:, None]
+  share = np.array([cfg.blur_p, cfg.mul_p, cfg.add_p, cfg.contrast_p, cfg.gamma_p])
+  blur, mul, add, contrast, gamma = rng.random((5, 2, 1)) < share[..., None]
+  of_unit = rng.random((2, 2, n)) < np.array([cfg.blur_unit_p, cfg.add_unit_p])[..., None]
+  u = rng.random((4, 2, n))
 
   def per_slice(on, value, neutral):
-    return np.broadcast_to(np.where(on, value, neutral), (2, depth)).astype(np.float32)
+    return np.broadcast_to(np.where(on, value, neutral).astype(np.float32), (2, depth))
 
   return dict(
       noise_std=rng.uniform(*cfg.noise_std, 2).astype(np.float32),
       noise_key=rng.integers(0, 2 ** 32, (2, 2), np.uint32),
-      blur_sigma=per_slice(of_sample(cfg.blur_p) & of_unit(cfg.blur_unit_p), rng.uniform(*cfg.blur_sigma, (2, n)), 0),
-      mul=per_slice(of_sample(cfg.mul_p), rng.uniform(*cfg.mul, (2, n)), 1),
-      add=per_slice(of_sample(cfg.add_p) & of_unit(cfg.add_unit_p), rng.normal(0, cfg.add_std, (2, n)), 0),
-      contrast=per_slice(of_sample(cfg.contrast_p), _about_one(rng, cfg.contrast, (2, n)), 1),
-      gamma=per_slice(of_sample(cfg.gamma_p), _about_one(rng, cfg.gamma, (2, n)), 1))
+      blur_sigma=per_slice(blur & of_unit[0], _between(cfg.blur_sigma, u[0]), 0),
+      mul=per_slice(mul, _between(cfg.mul, u[1]), 1),
+      add=per_slice(add & of_unit[1], cfg.add_std * rng.standard_normal((2, n)), 0),
+      contrast=per_slice(contrast, _about_one(cfg.contrast, u[2]), 1),
+      gamma=per_slice(gamma, _about_one(cfg.gamma, u[3]), 1))
 
 
 def _photometry(rng, cfg) -> dict:
   """Parameters `[2]` of `views.image.photometric`."""
-  jitter = rng.random(2) < cfg.jitter_p
+  u = rng.random((9, 2))
+  jitter = u[0] < cfg.jitter_p
 
-  def factor(extent):
-    return np.where(jitter, rng.uniform(max(0., 1 - extent), 1 + extent, 2), 1).astype(np.float32)
+  def factor(extent, u):
+    return np.where(jitter, _between((max(0., 1 - extent), 1 + extent), u), 1).astype(np.float32)
 
   return dict(
-      brightness=factor(cfg.brightness), contrast=factor(cfg.contrast), contrast_first=rng.random(2) < .5,
-      gamma=np.where(rng.random(2) < cfg.gamma_p, _about_one(rng, cfg.gamma, 2), 1).astype(np.float32),
-      noise_std=rng.uniform(*cfg.noise_std, 2).astype(np.float32),
+      brightness=factor(cfg.brightness, u[1]), contrast=factor(cfg.contrast, u[2]), contrast_first=u[3] < .5,
+      gamma=np.where(u[4] < cfg.gamma_p, _about_one(cfg.gamma, u[5]), 1).astype(np.float32),
+      noise_std=_between(cfg.noise_std, u[6]).astype(np.float32),
       noise_key=rng.integers(0, 2 ** 32, (2, 2), np.uint32),
-      blur_sigma=np.where(rng.random(2) < cfg.blur_p, rng.uniform(*cfg.blur_sigma, 2), 0).astype(np.float32))
+      blur_sigma=np.where(u[7] < cfg.blur_p, _between(cfg.blur_sigma, u[8]), 0).astype(np.float32))
 
 
 def _plain() -> dict:
@@ -147,10 +152,14 @@ def _plain() -> dict:
               noise_key=np.zeros((1, 2), np.uint32), blur_sigma=zero)
 
 
-def _about_one(rng, limits, shape):
+def _between(limits, u):
+  return limits[0] + (limits[1] - limits[0]) * u
+
+
+def _about_one(limits, u):
   """Half of the draws uniform below 1, half above."""
-  low, high = limits
-  return np.where(rng.random(shape) < .5, rng.uniform(min(low, 1), 1, shape), rng.uniform(1, max(high, 1), shape))
+  low, high = min(limits[0], 1), max(limits[1], 1)
+  return np.where(u < .5, _between((low, 1), 2 * u), _between((1, high), 2 * u - 1))
 
 
 def _field(config, shape, spacing_mm, whole_shape, whole_spacing_mm) -> tuple[float, float]:
@@ -169,7 +178,7 @@ def _windows(rng, cfg, field) -> dict:
   boxes = [_random_resized(rng, cfg, field) for _ in range(2)]
   center = [np.add(start, np.divide(size, 2)) - np.divide(field, 2) for start, size in boxes]
   sign = np.stack([np.ones(2), np.where(rng.random(2) < cfg.flip_p, -1, 1)], 1)
-  return dict(center_mm=np.array(center), pitch_mm=sign * [b[1] for b in boxes] / cfg.size)
+  return dict(center_mm=np.array(center), pitch_mm=sign * np.array([b[1] for b in boxes]) / cfg.size)
 
 
 def _paired(config, ct, shape, spacing_mm, whole_shape, whole_spacing_mm) -> dict:
@@ -185,14 +194,15 @@ def _paired(config, ct, shape, spacing_mm, whole_shape, whole_spacing_mm) -> dic
 
 def _random_resized(rng, cfg, field, whole: bool = False):
   """(start, size) of a crop of a field (height, width): area share uniform, aspect log-uniform (torchvision)."""
-  field = np.array(field)
+  logs = np.log(cfg.ratio)
   for _ in range(ATTEMPTS):
-    area = field.prod() * rng.uniform(*cfg.scale)
-    aspect = np.exp(rng.uniform(*np.log(cfg.ratio)))    # width / height
-    size = np.sqrt([area / aspect, area * aspect])
-    size = np.round(size) if whole else size
-    if (size <= field).all() and size.all():
-      return (rng.integers(0, field - size + 1) if whole else rng.random(2) * (field - size)), size
+    area = field[0] * field[1] * rng.uniform(*cfg.scale)
+    aspect = math.exp(rng.uniform(*logs))    # width / height
+    size = math.sqrt(area / aspect), math.sqrt(area * aspect)
+    size = tuple(round(s) for s in size) if whole else size
+    if all(0 < s <= f for s, f in zip(size, field)):
+      room = [f - s for s, f in zip(size, field)]
+      return (rng.integers(0, np.add(room, 1)) if whole else rng.random(2) * room), size
   start, size = _largest(field, cfg.ratio)
   return (np.floor(start), np.round(size)) if whole else (start, size)
 

@@ -26,16 +26,16 @@ def ct_sample(record: dict, params: dict, config) -> dict:
   ct = np.stack([volume.view(record['volume'], p, config.views.ct) for p in _views(params['ct'])])
   hu, spacing = ((record['whole'], record['whole_spacing_mm']) if cfg.scope == 'volume' else
                  (record['volume'], record['spacing_mm']))
-  mu = xray.hu_to_mu(hu, cfg.mu)
-  p_ref = cfg.p_ref or white(cfg.view, mu.shape, spacing, cfg.mu)
+  mu, unit = xray.attenuation(hu, cfg.mu)
+  p_ref = cfg.p_ref or white(cfg.view, hu.shape, spacing, cfg.mu)
   # The window is given on the isocentre plane, so the image does not depend on where behind a wide volume the film is.
-  sdd = max(cfg.sdd_mm, cfg.sod_mm + path_mm(cfg.view, mu.shape, spacing))
+  sdd = max(cfg.sdd_mm, cfg.sod_mm + path_mm(cfg.view, hu.shape, spacing))
   size = (config.views.drr.size,) * 2
   drr = []
   for p in _views(params['drr']):
     source, film = geometry.camera(cfg.view, p['center_mm'], p['pitch_mm'], size, sdd, cfg.sod_mm, p['offset_mm'])
-    plain = xray.to_image(project(mu, spacing, source, film, cfg.kind), cfg.image, p_ref, cfg.quantize)
-    drr.append(image.photometric(plain, p))
+    line_integrals = project(mu, spacing, source, film, cfg.kind) * np.float32(unit)
+    drr.append(image.photometric(xray.to_image(line_integrals, cfg.image, p_ref, cfg.quantize), p))
   return {'ct': ct[..., None], 'drr': _rgb(drr)}
 
 

@@ -22,6 +22,22 @@ def test_hu_to_mu(as_array):
   np.testing.assert_allclose(hu_to_mu(hu, 'minmax'), (np.asarray(hu, float) - low) / (high - low), rtol=1e-6)
 
 
+@pytest.mark.parametrize('dtype', (np.uint8, np.int8, np.uint16, np.int32, np.float16))
+def test_any_number_type(dtype):
+  hu = np.array([0, 50, 100], dtype)
+  np.testing.assert_allclose(hu_to_mu(hu), [.02, .021, .022], rtol=1e-6)
+  array, unit = xray.attenuation(hu)
+  np.testing.assert_allclose(array * np.float32(unit), [.02, .021, .022], rtol=1e-6)
+
+
+@pytest.mark.parametrize('model', xray.MODELS)
+def test_attenuation_is_array_times_unit(model):
+  hu = np.array([[-2000, -1000, -300, 0, 700, 3000, 9000]], np.int16)
+  array, unit = xray.attenuation(hu, model)
+  assert array.dtype == (np.int16 if model == 'water' else np.float32)
+  np.testing.assert_allclose(array * np.float32(unit), hu_to_mu(hu, model), rtol=1e-6)
+
+
 def test_hu_to_mu_keeps_float64():
   assert hu_to_mu(np.zeros(3)).dtype == np.float64
   np.testing.assert_allclose(hu_to_mu(np.array([[0., 250.]]), mu_water=.02683), [[.02683, .0335375]], rtol=1e-12)

@@ -75,13 +75,15 @@ def banded(volume, rows: Samples, cols: Samples, kind: str):
   rows_first, cols_first = h * (row.count * (i1 - i0) + w * col.count), w * (col.count * (j1 - j0) + h * row.count)
   if rows_first > 2 * cols_first:    # not for less: the strided rows of an image cost as much again
     return banded(volume.transpose(0, 2, 1), cols, rows, kind).T
-  volume = _for_blas(volume[:, j0:j1, i0:i1], dtype).transpose(0, 2, 1)    # [K, nc, nr]
+  volume = volume[:, j0:j1, i0:i1].transpose(0, 2, 1)                      # [K, nc, nr]
+  if volume.itemsize not in volume.strides[1:]:    # neither axis of a slice is contiguous: products would crawl
+    volume = np.ascontiguousarray(volume)
   bands = weights(kind, row.coords, rows.footprint[:, None, None], row.first[:, None], row.count, nr, dtype)
   bands = bands.transpose(1, 0, 3, 2)                                    # [S, K, voxel, STRIP]
   half = np.empty((i1 - i0, depth, bands.shape[0] * STRIP), dtype)       # [nc, K, h]
   for s, lo in enumerate(row.first - j0):
     out = half[..., s * STRIP:(s + 1) * STRIP].transpose(1, 0, 2)
-    np.matmul(volume[..., lo:lo + row.count], bands[s], out=out)
+    np.matmul(volume[..., lo:lo + row.count].astype(dtype, copy=False), bands[s], out=out)    # cast in the cache
   bands = weights(kind, col.coords, cols.footprint[:, None, None], col.first[:, None], col.count, nc, dtype)
   bands = np.ascontiguousarray(bands.transpose(1, 2, 3, 0)).reshape(-1, STRIP, col.count * depth)
   image = np.empty((bands.shape[0], STRIP, half.shape[2]), dtype)        # [w, h]
@@ -132,10 +134,3 @@ def _strips(samples: Samples, length: int) -> Strips:
   first, end = (np.clip(x, 0, length).astype(int) for x in (first, end))
   count = max(1, (end - first).max())
   return Strips(coords.reshape(len(coords), -1, STRIP), np.minimum(first, length - count), count)
-
-
-def _for_blas(volume, dtype):
-  """Casts, and copies where neither axis of a slice is contiguous: matrix products would crawl."""
-  if volume.dtype != dtype or volume.itemsize not in volume.strides[1:]:
-    return np.ascontiguousarray(volume, dtype)
-  return volume

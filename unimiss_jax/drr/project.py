@@ -21,7 +21,8 @@ def project(volume, spacing_mm, source_mm, detector: Detector, kind: str = 'box'
   """Line integrals from a point source to every pixel of a film parallel to two axes of the volume.
 
   Args:
-    volume: `[D, H, W]`, attenuation in 1/mm; the box is centred on 0. numpy in, numpy out; jax in, jax out.
+    volume: `[D, H, W]`, attenuation in 1/mm, or in any unit and type (integers are cast while they are used) with
+      line integrals in that unit times mm; the box is centred on 0. numpy in, numpy out; jax in, jax out.
     spacing_mm: (z, y, x) voxel size.
     source_mm: (z, y, x) of the source, outside the slices.
     detector: the film; its steps may be negative, and its rows may run along any axis.

@@ -54,11 +54,12 @@ def crop_resize(volume, start, size, flip, out, kind: str, pad_hu: float):
   whole_slices = xp is np and volume.shape[0] == size[0] == out[0]
   if whole_slices and flip[0]:
     volume = volume[::-1]
-  # With the padding as zero, voxels beyond the volume need not exist.
-  x = xp.clip(volume, *HU_RANGE).astype(np.float32) - np.float32(pad_hu)
+  x = xp.clip(volume, *HU_RANGE).astype(np.float32)
+  x -= np.float32(pad_hu)    # with the padding as zero, voxels beyond the volume need not exist
   x = matrices.right(matrices.left(maps[1] / np.float32(SCALE), x), maps[2])
   x = x if whole_slices else xp.tensordot(maps[0], x, 1)
-  return x + np.float32(pad_hu / SCALE)
+  x += np.float32(pad_hu / SCALE)
+  return x
 
 
 def noise(x, std, key):
