@@ -93,13 +93,14 @@ def ours(raw: bytes, samples: int, seed: int):
       with clock('3d gamma'):
         views.append(volume.gamma(x, p['gamma'], cfg.aug_unit, cfg.gamma_stats))
     with clock('drr attenuation'):
-      mu = xray.hu_to_mu(hu, config.drr.mu)
+      mu, unit = xray.attenuation(hu, config.drr.mu)
     p_ref, images = sample.white(config.drr.view, SHAPE, SPACING_MM, config.drr.mu), []
     for p in ({k: v[i] for k, v in params['drr'].items()} for i in range(2)):
       with clock('drr projection'):
         source, film = geometry.camera(config.drr.view, p['center_mm'], p['pitch_mm'], (SIDE, SIDE),
                                        config.drr.sdd_mm, config.drr.sod_mm, p['offset_mm'])
-        plain = xray.to_image(project(mu, SPACING_MM, source, film, config.drr.kind), config.drr.image, p_ref)
+        line_integrals = project(mu, SPACING_MM, source, film, config.drr.kind) * np.float32(unit)
+        plain = xray.to_image(line_integrals, config.drr.image, p_ref)
       with clock('2d augmentation'):
         images.append(image.photometric(plain, p))
     with clock('stack'):
