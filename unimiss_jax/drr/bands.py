@@ -28,33 +28,30 @@ class Strips(NamedTuple):
   count: int               # voxels of a run
 
 
-def weights(kind: str, coords, footprint, first, count: int, length: int, dtype):
-  """Weights `[..., count]` of the voxels first .. first + count - 1 of an axis of `length` voxels.
+def weights(kind: str, c, f, first, j, length: int, dtype):
+  """Weight of voxel `first + j` of an axis of `length` voxels for the output at `c` which is `f` wide.
 
-  Beyond the axis everything is zero: the weights sum to the share of the output that lies inside.
-
-  Args:
-    kind: 'box' or 'linear'.
-    coords, footprint, first: arrays of the same rank, broadcast against each other.
-    count, length: numbers of voxels.
-    dtype: of the result; coordinates are made small, relative to `first`, before they are cast.
+  The arrays broadcast against each other, in whatever layout the caller wants; coordinates are made
+  small, relative to `first`, before they are cast to `dtype`. Beyond the axis everything is zero: the
+  weights of an output sum to the share of it that lies inside.
   """
-  xp = array_namespace(coords, footprint)
-  c = (coords - first).astype(dtype)[..., None]
-  j = xp.arange(count, dtype=dtype)
+  xp = array_namespace(c, f)
   if kind == 'box':    # overlap of two intervals of length f and 1 at distance |c - j|, divided by f
-    inverse = (1 / footprint).astype(dtype)[..., None]
-    overlap = (1 + inverse) / 2 - xp.abs(c * inverse - j * inverse)
-    return xp.clip(overlap, 0, xp.minimum(inverse, 1))
-  inside = (coords >= -.5) & (coords <= length - .5)    # edge clamp within half a voxel
-  held = (xp.clip(coords, 0, length - 1) - first).astype(dtype)
-  return xp.where(inside[..., None], xp.maximum(1 - xp.abs(held[..., None] - j), 0), 0)
+    inverse = 1 / f
+    x = ((c - first) * inverse).astype(dtype) - (j * inverse).astype(dtype)
+    inverse = inverse.astype(dtype)
+    to = {'out': x} if xp is np else {}    # in place where arrays allow it
+    x = xp.subtract((1 + inverse) / 2, xp.abs(x, **to), **to)
+    return xp.minimum(xp.maximum(x, 0, **to), xp.minimum(inverse, 1), **to)
+  inside = (c >= -.5) & (c <= length - .5)
+  held = xp.clip(c, 0, length - 1) - first    # edge clamp within half a voxel
+  return xp.maximum(1 - xp.abs(held.astype(dtype) - j.astype(dtype)), 0) * inside
 
 
 def touches(samples: Samples, length: int) -> bool:
   """Whether any output overlaps the axis in any slice."""
-  half = samples.footprint[:, None] / 2
-  return bool(np.any((samples.coords + half > -.5) & (samples.coords - half < length - .5)))
+  ends, half = samples.coords[:, [0, -1]], samples.footprint / 2
+  return bool(np.any((ends.max(1) + half > -.5) & (ends.min(1) - half < length - .5)))
 
 
 def banded(volume, rows: Samples, cols: Samples, kind: str):
@@ -78,14 +75,18 @@ def banded(volume, rows: Samples, cols: Samples, kind: str):
   volume = volume[:, j0:j1, i0:i1].transpose(0, 2, 1)                      # [K, nc, nr]
   if volume.itemsize not in volume.strides[1:]:    # neither axis of a slice is contiguous: products would crawl
     volume = np.ascontiguousarray(volume)
-  bands = weights(kind, row.coords, rows.footprint[:, None, None], row.first[:, None], row.count, nr, dtype)
-  bands = bands.transpose(1, 0, 3, 2)                                    # [S, K, voxel, STRIP]
-  half = np.empty((i1 - i0, depth, bands.shape[0] * STRIP), dtype)       # [nc, K, h]
+  voxel = np.arange(row.count)
+  bands = weights(kind, row.coords[..., None], rows.footprint[:, None, None, None], row.first[:, None, None],
+                  voxel, nr, dtype)                                      # [K, S, STRIP, voxel]
+  half = np.empty((i1 - i0, depth, bands.shape[1] * STRIP), dtype)       # [nc, K, h]
   for s, lo in enumerate(row.first - j0):
+    seen = volume[..., lo:lo + row.count].astype(dtype, copy=False)      # cast in the cache
     out = half[..., s * STRIP:(s + 1) * STRIP].transpose(1, 0, 2)
-    np.matmul(volume[..., lo:lo + row.count].astype(dtype, copy=False), bands[s], out=out)    # cast in the cache
-  bands = weights(kind, col.coords, cols.footprint[:, None, None], col.first[:, None], col.count, nc, dtype)
-  bands = np.ascontiguousarray(bands.transpose(1, 2, 3, 0)).reshape(-1, STRIP, col.count * depth)
+    np.matmul(seen, bands[:, s].transpose(0, 2, 1), out=out)
+  voxel = np.arange(col.count)[:, None]
+  bands = weights(kind, col.coords.transpose(1, 2, 0)[:, :, None], cols.footprint, col.first[:, None, None, None],
+                  voxel, nc, dtype)                                      # [S, STRIP, voxel, K]
+  bands = bands.reshape(-1, STRIP, col.count * depth)
   image = np.empty((bands.shape[0], STRIP, half.shape[2]), dtype)        # [w, h]
   for s, lo in enumerate(col.first - i0):    # voxels and slices are summed in one product
     np.matmul(bands[s], half[lo:lo + col.count].reshape(col.count * depth, -1), out=image[s])
@@ -113,7 +114,8 @@ def dense(volume, rows: Samples, cols: Samples, kind: str):
 
   def add(image, chunk):
     slices, *samples = chunk
-    w_row, w_col = (weights(kind, s.coords, s.footprint[:, None], 0, n, n, wide) for s, n in zip(samples, (nr, nc)))
+    w_row, w_col = (weights(kind, s.coords[..., None], s.footprint[:, None, None], 0, jnp.arange(n), n, wide)
+                    for s, n in zip(samples, (nr, nc)))
     einsum = lambda *args: jnp.einsum(*args, precision='highest', preferred_element_type=wide)
     if rows_first:
       half = einsum('khj,kji->khi', w_row.astype(narrow), slices.astype(narrow))
@@ -126,11 +128,12 @@ def dense(volume, rows: Samples, cols: Samples, kind: str):
 
 
 def _strips(samples: Samples, length: int) -> Strips:
-  reach = np.maximum(samples.footprint / 2 + .5, 1.)[:, None]
   fill = -samples.coords.shape[1] % STRIP
   coords = np.pad(samples.coords, ((0, 0), (0, fill)), mode='edge') if fill else samples.coords
-  first = np.floor((coords - reach).min(0)).reshape(-1, STRIP).min(1)
-  end = np.ceil((coords + reach).max(0)).reshape(-1, STRIP).max(1) + 1
+  coords = coords.reshape(len(coords), -1, STRIP)
+  outer = coords[[0, -1]]    # coordinates are linear in the slice and in the output
+  reach = np.maximum(samples.footprint.max() / 2 + .5, 1)
+  first, end = np.floor(outer.min((0, 2)) - reach) + 1, np.ceil(outer.max((0, 2)) + reach)
   first, end = (np.clip(x, 0, length).astype(int) for x in (first, end))
   count = max(1, (end - first).max())
-  return Strips(coords.reshape(len(coords), -1, STRIP), np.minimum(first, length - count), count)
+  return Strips(coords, np.minimum(first, length - count), count)
