@@ -8,6 +8,7 @@ import json
 import logging
 import signal
 import time
+from concurrent import futures
 
 import jax
 import numpy as np
@@ -101,7 +102,8 @@ class Run:
     abstract = jax.eval_shape(init, key)
     placed = sharding.shardings(abstract, self.mesh)
     self.checkpoints = checkpoint.Checkpoints(folder, config.checkpoint.keep)
-    restored = self.checkpoints.restore(checkpoint.template(abstract, placed), strict=resume == 'strict')
+    template = checkpoint.template(abstract, placed)
+    restored = self.checkpoints.restore(template, strict=resume == 'strict')
     if restored is None:
       self.state = jax.jit(init, out_shardings=placed)(key)
     else:
@@ -111,13 +113,23 @@ class Run:
         stream.seek(meta['positions'][name])
       logging.info('resumed step %d | data index %s', int(self.state.step),
                    ', '.join(f'{n} {p}' for n, p in meta['positions'].items()))
-    out = (placed, sharding.replicated(self.mesh))
-    self.steps = {n: jax.jit(step.make_step(config, self.method, self.optimiser, n, self.mesh),
-                             donate_argnums=0, out_shardings=out) for n in self.method.phases}
+    pool = futures.ThreadPoolExecutor(len(self.method.phases))      # compiles while phantoms are drawn and evaluated
+    self.steps = {n: pool.submit(self.compile, n, template) for n in self.method.phases}
+    pool.shutdown(wait=False)
     branch = 'teacher' if 'teacher' in self.method.weights else 'student'
     weights = self.method.weights[branch]
     self.predict = {n: jax.jit(lambda s, b, f=f: f(weights(s.params, s.extra), s.extra, b))
                     for n, f in self.method.predict.items()}
+
+  def compile(self, phase, state):
+    """The step of a phase for the shapes of `state` and of the streams; it donates its state."""
+    rows = sharding.batch_sharding(self.mesh)
+    batch = {s: {k: jax.ShapeDtypeStruct((n, *shape), dtype, sharding=rows)
+                 for k, (shape, dtype) in self.streams[s].spec.items()}
+             for s, n in self.method.phases[phase].streams.items()}
+    out = jax.tree.map(lambda x: x.sharding, state), sharding.replicated(self.mesh)
+    f = step.make_step(self.config, self.method, self.optimiser, phase, self.mesh)
+    return jax.jit(f, donate_argnums=0, out_shardings=out).lower(state, batch).compile()
 
   def train(self, stop, watchdog, preempt_exit_code) -> int:
     config, total = self.config, self.total
@@ -138,7 +150,7 @@ class Run:
     for i in range(start, total):
       began = time.monotonic()
       name = plan[i]
-      self.state, metrics = self.steps[name](self.state, sharding.to_devices(batch, self.mesh))
+      self.state, metrics = self.steps[name].result()(self.state, sharding.to_devices(batch, self.mesh))
       positions = {n: s.position() for n, s in self.streams.items()}
       fetching = time.monotonic()
       batch = self.take(plan[i + 1]) if i + 1 < total else None
