@@ -64,20 +64,25 @@ def _from_manifest(config) -> EvalSet:
 
 
 def preview(config, of, n: int = 4) -> dict:
-  """First records of each stream for the picture sheets.
+  """Some records of each stream for the picture sheets, spread over the source.
 
   Args:
     of: {name: Stream}.
 
   Returns:
-    {stream: {'name': [str], 'centre': {field: [n, 1, ...]}, 'views': {field: [n, 2, ...]}}}
+    {stream: {'name': [str], 'centre': {field: [n, 1, ...]}, 'views': {field: [n, 2, ...]}}}; 'ct' also has
+    'pixel_mm' [n, 3], size of a voxel (z, y, x) of its centre view.
   """
   out = {}
   for name, stream in of.items():
-    records = [stream.source[i] for i in range(min(n, stream.records))]
+    which = sorted({int(i) for i in np.linspace(0, stream.records - 1, n)})
+    records = [stream.source[i] for i in which]
     centre = [centre_ct(r, config) if name == 'ct' else centre_xray(r, config) for r in records]
     views = [streams.views(name, r, config, np.random.default_rng([config.seed, i])) for i, r in enumerate(records)]
     out[name] = {'name': [r['name'] for r in records], 'centre': _stack(centre), 'views': _stack(views)}
+    if name == 'ct':
+      boxes = [draw.ct_centre(config, *geometry(r))['ct']['box_size'][0] for r in records]
+      out[name]['pixel_mm'] = np.array([b * r['spacing_mm'] for b, r in zip(boxes, records)]) / config.views.ct.size
   return out
 
 

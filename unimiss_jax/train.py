@@ -242,7 +242,7 @@ class Run:
     if 'reconstruct' in self.predict:
       for part in self.preview.values():
         reconstruction |= jax.device_get(self.predict['reconstruct'](self.state, part['views']))
-    made = sheets.write(self.folder, at, self.preview, reconstruction, self.config.drr.view in ('ap', 'pa'))
+    made = sheets.write(self.folder, at, self.preview, reconstruction, self.config.drr.view)
     self.writer.write_images(at, {f'sheets/{epath.Path(p).stem.split("_")[0]}': np.stack([np.asarray(s)] * 3, -1)
                                   for p, s in made.items()})
     logging.info('pictures: %s', ', '.join(made))

@@ -39,13 +39,13 @@ def tile(image, letters=('', ''), aspect: float = 1.) -> Image.Image:
   return out
 
 
-def ct_tiles(volume, marks: bool) -> list[Image.Image]:
-  """[D, H, W, 1] in HU/1024 -> three planes; slices are stretched to the square that the crop covers."""
-  aspect = volume.shape[1] / volume.shape[0]
-  out = []
-  for i, (image, left, right) in enumerate(planes(volume[..., 0])):
-    out.append(tile(grey(image, *WINDOW), (left, right) if marks else ('', ''), 1. if i == 0 else aspect))
-  return out
+def ct_tiles(volume, pixel_mm=None) -> list[Image.Image]:
+  """[D, H, W, 1] in HU/1024 -> three planes: in true proportion and with letters where the voxel's size (z, y, x) is
+  given, else stretched to a square."""
+  marks = pixel_mm is not None
+  z, y, x = pixel_mm if marks else 1 / np.array(volume.shape[:3])
+  return [tile(grey(image, *WINDOW), (left, right) if marks else ('', ''), aspect)
+          for (image, left, right), aspect in zip(planes(volume[..., 0]), (y / x, z / x, z / y))]
 
 
 def image_tile(image, letters=('', '')) -> Image.Image:
@@ -69,23 +69,24 @@ def grid(rows: list[list[Image.Image]], head: list[str], names: list[str], title
   return out
 
 
-def ct_sheet(preview, reconstruction, frontal: bool, title: str) -> Image.Image:
+def ct_sheet(preview, reconstruction, view: str, title: str) -> Image.Image:
   """One row a patient: un-augmented planes and DRR, then both views as trained on, each with its reconstruction."""
   centre, views = preview['centre'], preview['views']
-  marks = ('R', 'L') if frontal else ('A', 'P')
+  marks = ('A', 'P') if view == 'lateral' else ('R', 'L')
+  plane = {'axial': 0, 'lateral': 2}.get(view, 1)      # of the CT: the one that the DRR looks onto
   head = ['axial', 'coronal', 'sagittal', 'DRR']
   for v in (1, 2):
     head += [f'CT view {v}', *(['recon.'] if 'ct' in reconstruction else []),
              f'DRR view {v}', *(['recon.'] if 'drr' in reconstruction else [])]
   rows = []
   for i in range(len(preview['name'])):
-    row = [*ct_tiles(centre['ct'][i, 0], True), image_tile(centre['drr'][i, 0], marks)]
+    row = [*ct_tiles(centre['ct'][i, 0], preview['pixel_mm'][i]), image_tile(centre['drr'][i, 0], marks)]
     for v in range(2):
       x = views['ct'][i, v]
-      row.append(ct_tiles(x, False)[1 if frontal else 0])
+      row.append(ct_tiles(x)[plane])
       if 'ct' in reconstruction:
         low, high = x.min(), x.max()      # the target is the crop's own min-max
-        row.append(ct_tiles(reconstruction['ct'][i, v] * (high - low) + low, False)[1 if frontal else 0])
+        row.append(ct_tiles(reconstruction['ct'][i, v] * (high - low) + low)[plane])
       row.append(image_tile(views['drr'][i, v]))
       if 'drr' in reconstruction:
         row.append(image_tile(reconstruction['drr'][i, v]))
@@ -108,14 +109,14 @@ def xray_sheet(preview, reconstruction, title: str) -> Image.Image:
   return grid(rows, head, preview['name'], title)
 
 
-def write(workdir, step: int, preview: dict, reconstruction: dict, frontal: bool) -> dict[str, Image.Image]:
-  """report/<stream>_<step>.png for every stream of the preview; returns {path: picture}."""
+def write(workdir, step: int, preview: dict, reconstruction: dict, view: str) -> dict[str, Image.Image]:
+  """report/<stream>_<step>.png for every stream of the preview; view: of the DRR; returns {path: picture}."""
   folder = epath.Path(workdir) / 'report'
   folder.mkdir(parents=True, exist_ok=True)
   out = {}
   for name, part in preview.items():
     title = f'{name}, step {step}'
-    sheet = ct_sheet(part, reconstruction, frontal, title) if name == 'ct' else xray_sheet(part, reconstruction, title)
+    sheet = ct_sheet(part, reconstruction, view, title) if name == 'ct' else xray_sheet(part, reconstruction, title)
     path = folder / f'{name}_{step:07}.png'
     with path.open('wb') as f:
       sheet.save(f, 'PNG')
