@@ -24,7 +24,7 @@ def base() -> ConfigDict:
   c.data = ConfigDict(dict(
       ct='',                      # folder or glob(s), comma separated; '' = phantoms
       xray='',                    # likewise
-      modality='ct',              # ct: values must be HU (needed by DRR)
+      modality='ct',              # values must be HU; other modalities are not read yet
       phantom_records=768,        # phantoms per stream, where data.ct or data.xray is ''
       workers=0,                  # data processes beside the trainer; 0 = threads only
       on_bad_file='skip',         # skip: one line and go on; stop: one line and exit 1

@@ -87,7 +87,7 @@ def judge(volume: nifti.Volume, path, modality: str = 'ct') -> list[str]:
                  'intercept -1024', 'subtract 1024, or set scl_inter')
   if low >= -200 or (high <= 300 and meta['dtype'] in ('uint8', 'int8')):
     raise refuse('HU_UNCALIBRATED', f'values {low:g} ... {high:g}, no air; not HU',
-                 'rescale it to HU, or set data.modality=other')
+                 'rescale it to HU, or take the file out')
   padding = float((volume.array < HU_RANGE[0]).mean())
   if padding > 1e-3:
     warnings.append(f'WARN HU_PADDING {path}: {100 * padding:.1f} % of voxels below {HU_RANGE[0]} (minimum {low:g}): '

@@ -72,9 +72,10 @@ def banded(volume, rows: Samples, cols: Samples, kind: str):
   rows_first, cols_first = h * (row.count * (i1 - i0) + w * col.count), w * (col.count * (j1 - j0) + h * row.count)
   if rows_first > 2 * cols_first:    # not for less: the strided rows of an image cost as much again
     return banded(volume.transpose(0, 2, 1), cols, rows, kind).T
-  volume = volume[:, j0:j1, i0:i1].transpose(0, 2, 1)                      # [K, nc, nr]
+  volume = volume[:, j0:j1, i0:i1]
   if volume.itemsize not in volume.strides[1:]:    # neither axis of a slice is contiguous: products would crawl
     volume = np.ascontiguousarray(volume)
+  volume = volume.transpose(0, 2, 1)                                     # [K, nc, nr]
   voxel = np.arange(row.count)
   bands = weights(kind, row.coords[..., None], rows.footprint[:, None, None, None], row.first[:, None, None],
                   voxel, nr, dtype)                                      # [K, S, STRIP, voxel]

@@ -72,7 +72,7 @@ def _project_along(volume, spacing, source, film, kind, axes):
     if not near > 0:
       raise ValueError(f'source_mm is {source}: the source is inside the volume or the film on its side; expected '
                        f'more than {half:g} mm from 0 on axis {march}, the film on the other side')
-    if not far < 1:
+    if not far <= 1 + 1e-9:
       raise ValueError(f'the film at {film.origin_mm[march]:g} mm on axis {march} is not behind the volume: expected '
                        f'it beyond the face at {np.sign(-source[march]) * half:g} mm')
   z = (xp.arange(depth, dtype=dtype) - (depth - 1) / 2) * spacing[march]
