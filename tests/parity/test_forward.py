@@ -45,21 +45,43 @@ def channels_first(x):
   return np.moveaxis(np.asarray(x), -1, 1)
 
 
-@pytest.mark.parametrize('case', CASES)
-def test_every_stage_equals_the_released_code(fixtures, tiny, case):
-  fixture = np.load(fixtures / 'parity' / 'plus_tiny_forward.npz')
-  (model, params), (shape, kind) = tiny, CASES[case]
+def every_stage(fixture, model, params, case, shape, kind):
+  """Input, pyramid, tokens, class token, reconstruction and logits of one case, each within 1e-4."""
   x = recipe.network_input(0, case, shape, kind)
   close(x, fixture, f'{case}/input', 0)
-  out = jax.jit(lambda p, x: model.apply({'params': p}, x))(params['backbone'], np.moveaxis(x, 1, -1))
+  weights = params['head']['last_layer']['weight_v'].shape
+  head = DINOHead(weights[0], params['head']['mlp_0']['kernel'].shape[1], weights[1])
+
+  @jax.jit
+  def forward(params, x):
+    out = model.apply({'params': params['backbone']}, x)
+    return out, head.apply({'params': params['head']}, out.embedding)
+  out, logits = forward(params, np.moveaxis(x, 1, -1))
   for name, ours in zip(MAPS, out.pyramid):
     close(channels_first(ours), fixture, f'{case}/{name}', 1e-4)
   tokens = np.asarray(out.pyramid[5])
   close(tokens.reshape(len(tokens), -1, tokens.shape[-1]), fixture, f'{case}/s4tok', 1e-4)
   close(np.asarray(out.embedding), fixture, f'{case}/cls', 1e-4)
   close(channels_first(out.reconstruction), fixture, f'{case}/recon', 1e-4)
-  head = DINOHead(out_dim=128, hidden_dim=64, bottleneck_dim=32)
-  close(np.asarray(head.apply({'params': params['head']}, out.embedding)), fixture, f'{case}/logits', 1e-4)
+  close(np.asarray(logits), fixture, f'{case}/logits', 1e-4)
+
+
+@pytest.mark.parametrize('case', CASES)
+def test_every_stage_equals_the_released_code(fixtures, tiny, case):
+  every_stage(np.load(fixtures / 'parity' / 'plus_tiny_forward.npz'), *tiny, case, *CASES[case])
+
+
+@pytest.mark.slow
+@pytest.mark.realdata
+def test_the_full_model_equals_the_released_code(shared, names):
+  """63.3 million weights: the recipe's statistics, then one image and one volume of 96 x 96."""
+  fixture = np.load(shared / 'fixtures' / 'parity' / 'plus_full_forward.npz')
+  state = recipe.state_dict(0, names['full'])
+  np.testing.assert_allclose([recipe.summary(state[k])[:3] for k in sorted(state)], fixture['weight_summary'],
+                             rtol=1e-6, atol=1e-12)
+  params = porting.from_torch(state)
+  every_stage(fixture, MiTPlus(), params, 'x2d', (1, 3, 96, 96), 'unit')
+  every_stage(fixture, MiTPlus(), params, 'x3d', (1, 1, 16, 96, 96), 'ct')
 
 
 @pytest.mark.parametrize('size', ['tiny', 'full'])

@@ -105,7 +105,7 @@ class Encoder(Trunk):
 
   @nn.compact
   def __call__(self, x, train=False, row_keys=None):
-    n, depths = x.ndim - 2, np.cumsum([0, *self.depths])
+    n, first, depths = x.ndim - 2, int(self.cls_token), np.cumsum([0, *self.depths])
     rates = np.linspace(0, self.encoder_drop_path, depths[-1])
     strides, grids = self.strides(n), self.grids(x.shape[1:-1])
     native = self.grids(self.native_size(n))
@@ -137,7 +137,7 @@ class Encoder(Trunk):
             self.num_heads[stage - 1], self.mlp_ratio, self.sr_ratios[stage - 1], index, self.cls_token,
             drop_path=float(rates[index]), dtype=self.dtype,
             name=f'block{stage}_{i}')(tokens, grids[stage], train, row_keys)
-      cls, x = tokens[:, :self.cls_token], tokens[:, int(self.cls_token):]
+      cls, x = tokens[:, :first], tokens[:, first:]
       mean = x.mean(1)
       x = x.reshape(len(x), *grids[stage], dim)
       pyramid.append(x)
@@ -175,6 +175,7 @@ class UpEmbed(nn.Module):
 class MiTPlus(Trunk):
   """x [B, H, W, 3] or [B, D, H, W, 1] -> MiTOutput; fields and their meaning: `Trunk`.
 
+  Parameters come from `models.init_params`: the field `init` hides Linen's method of that name.
   H and W are multiples of 32 (16 with `last_stride=1`), at least 64 in 2-D; depth a multiple of 4, at least 16; else
   ValueError. Drop-path needs `row_keys` [B] or an rng named 'drop_path' where `train` is set.
   """
