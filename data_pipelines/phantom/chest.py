@@ -53,12 +53,12 @@ def draw(rng, frame: Frame, scoliosis: int) -> Chest:
   wave = [sum(rng.normal(0, .012) * np.sin(2 * np.pi * k * z / 330 + rng.uniform(0, 6.3)) for k in (1, 2, 3))
           for _ in range(2)]
   f32 = lambda a: np.asarray(a, np.float32)
-  right = rng.uniform(-72, -28)
+  right = rng.uniform(-88, -16)
   height = float(rng.choice((-1, 1))) * (rng.uniform(20, 30) if scoliosis else rng.uniform(0, 4))
   return Chest(half_x=f32(width * (1 - taper * above - barrel * below + wave[0])),
                half_y=f32(depth * (1 - rng.uniform(.2, .34) * above - barrel * below + wave[1])),
                centre_y=f32(-rng.uniform(4, 16) * above), square=rng.uniform(.15, .6), skew=rng.uniform(-.06, .06),
-               muscle=rng.uniform(8, 18), fat=rng.uniform(3, 24), apex=rng.uniform(108, 130),
+               muscle=rng.uniform(6, 22), fat=rng.uniform(3, 26), apex=rng.uniform(108, 130),
                dome=(right, right - rng.uniform(2, 22)), recess=rng.uniform(42, 66),
                curve=(height, rng.uniform(-25, 45), rng.uniform(60, 90)), z=frame.z.ravel())
 

@@ -30,13 +30,13 @@ def paint_heart(rng, canvas: Canvas, chest: Chest, enlarged: int) -> np.ndarray:
   Returns its centre.
   """
   size = rng.uniform(1.28, 1.45) if enlarged else rng.uniform(.90, 1.05)
-  blood, fat = rng.uniform(35, 150), rng.uniform(2, 6)
+  blood, fat = rng.uniform(20, 75), rng.uniform(2, 6)
   left = np.array([-rng.uniform(.35, .6), rng.uniform(.35, .6), -rng.uniform(.7, .9)])
   left /= np.linalg.norm(left)
   right = np.cross(left, (1, 0, 0))
   right /= np.linalg.norm(right)
   axes = np.stack([left, right, np.cross(left, right)])
-  radii = size * rng.uniform((50, 37, 37), (57, 42, 42))
+  radii = size * rng.uniform((47, 34, 34), (54, 39, 39))
   floor = np.mean(chest.dome) - rng.uniform(12, 20)
   centre = np.array([floor + size * 44, rng.uniform(10, 20), -size * rng.uniform(12, 20)])
   atrium = centre + size * np.array([6, -2, rng.uniform(28, 34)])

@@ -50,7 +50,7 @@ def fill_lungs(rng, canvas: Canvas, labels: dict, right: np.ndarray, hila):
   z, y, x = frame.z.ravel()[d], frame.y.ravel()[rest], frame.x.ravel()[voxels]
   share, right = canvas.lung.ravel()[voxels], right.ravel()[voxels]
   texture = window(rng, 'reticular' if labels['reticular'] else 'smooth').ravel()[voxels]
-  content = np.float32(rng.uniform(-870, -760)) - np.float32(rng.uniform(.1, .6)) * y
+  content = np.float32(rng.uniform(-885, -745)) - np.float32(rng.uniform(.1, .6)) * y
   content += np.float32(rng.uniform(45, 65)) * texture
   vessels = np.minimum(vessel_trees(rng, canvas, hila).ravel()[voxels], 1)
   content += vessels * (np.float32(rng.uniform(20, 90)) - content)
