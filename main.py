@@ -32,7 +32,7 @@ def main(argv) -> int:
                       force=True)
   for noisy in ('absl', 'orbax', 'jax', 'tensorstore'):
     logging.getLogger(noisy).setLevel(logging.WARNING)
-  from data_pipelines.errors import DataError    # late: a usage error should not wait for jax
+  from data_pipelines.errors import DataError  # late: a usage error should not wait for jax
   from unimiss_jax import train
   from unimiss_jax.checkpoint import CheckpointError
   from unimiss_jax.validate import ConfigError

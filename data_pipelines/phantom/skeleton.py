@@ -1,4 +1,4 @@
-"""Bones: ribs with cartilage, sternum, spine with discs and processes, clavicles, scapulae. Sizes in mm, chosen by us."""
+"""Bones: vertebrae with canals, ribs, sternum, clavicles, shoulder blades, arms. Sizes in mm, chosen by us."""
 import numpy as np
 
 from data_pipelines.phantom.chest import LABEL, Chest

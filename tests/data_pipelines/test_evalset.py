@@ -24,8 +24,7 @@ def test_phantoms_come_from_the_development_range_with_their_labels(built):
     made = phantom.make(0, phantom.INDICES['development'][i])
     assert {k: v[i] for k, v in built.labels['ct'].items()} == made.labels
     lungs = built.views['ct'][i, 0, ..., 0]
-    # the same patient: a lung of the CT lies where the picture of it is dark
-    assert lungs.min() >= -1.001 and 0 <= built.views['drr'][i].min() and built.views['drr'][i].max() <= 1
+    assert lungs.min() >= -1.001 and built.views['drr'][i].min() >= 0 and built.views['drr'][i].max() <= 1
 
 
 def test_views_are_plain(built):
