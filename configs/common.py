@@ -60,12 +60,13 @@ def base() -> ConfigDict:
   c.drr = ConfigDict(dict(
       view='axial',               # axial | ap | pa | lateral
       scope='subvolume',          # subvolume = the 24-slice tile | volume = the whole scan
-      kind='box',                 # box | linear
+      kind='box',                 # box | linear | bspline
       mu='water',                 # water | bone_soft | minmax
       image='line',               # line | transmission | minmax
       p_ref=0.,                   # line integral shown as white; 0 = a length of water that fits the view
       sdd_mm=2000., sod_mm=1800.,
       source_jitter_mm=0.,        # uniform, per axis, parallel to the detector
+      tilt_deg=0.,                # uniform, +- yaw, pitch and roll of source and detector about the volume's centre
       paired_window=False,        # the DRR shows the window of its CT crop, with its flips
       quantize=False,             # 8-bit, as the released PNG files
   ))

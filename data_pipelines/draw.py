@@ -3,7 +3,7 @@
 Drawing is apart from applying, so that a view depends on the generator alone (keyed by seed and stream
 position) and host and device apply the same numbers. Distributions are those of the released UniMiSS+
 code (batchgenerators for CT, torchvision for 2D); `extent='record'`, gamma and noise of 2D views, source
-jitter and paired windows are ours. One rule differs: a volume is padded to the size of a view where it is
+jitter, tilt and paired windows are ours. One rule differs: a volume is padded to the size of a view where it is
 smaller, not to 256 x 256.
 
 All functions return {group: {name: array}} with a leading axis of views (2; centre views 1); groups are
@@ -38,8 +38,9 @@ def ct_pair(rng, config, shape, spacing_mm, whole_shape=None, whole_spacing_mm=N
     window = _paired(config, ct, shape, spacing_mm, whole_shape, whole_spacing_mm)
   else:
     window = _windows(rng, config.views.drr, field)
-  jitter = config.drr.source_jitter_mm
-  drr = dict(window, offset_mm=rng.uniform(-jitter, jitter, (2, 2)), **_photometry(rng, config.views.drr))
+  jitter, tilt = config.drr.source_jitter_mm, config.drr.tilt_deg
+  drr = dict(window, offset_mm=rng.uniform(-jitter, jitter, (2, 2)), **_photometry(rng, config.views.drr),
+             tilt_deg=rng.uniform(-tilt, tilt, (2, 3)))
   return {'ct': ct, 'drr': drr}
 
 
@@ -68,7 +69,7 @@ def ct_centre(config, shape, spacing_mm, whole_shape=None, whole_spacing_mm=None
             **{k: np.full((1, depth), v, np.float32) for k, v in neutral.items()})
   _, size_mm = _largest(_field(config, shape, spacing_mm, whole_shape, whole_spacing_mm), config.views.drr.ratio)
   drr = dict(center_mm=np.zeros((1, 2)), pitch_mm=np.array(size_mm)[None] / config.views.drr.size,
-             offset_mm=np.zeros((1, 2)), **_plain())
+             offset_mm=np.zeros((1, 2)), tilt_deg=np.zeros((1, 3)), **_plain())
   return {'ct': ct, 'drr': drr}
 
 

@@ -18,7 +18,7 @@ CHOICES = {
     'views.xray.resize': ('bicubic', 'area'),
     'drr.view': ('axial', 'ap', 'pa', 'lateral'),
     'drr.scope': ('subvolume', 'volume'),
-    'drr.kind': ('box', 'linear'),
+    'drr.kind': ('box', 'linear', 'bspline'),
     'drr.mu': ('water', 'bone_soft', 'minmax'),
     'drr.image': ('line', 'transmission', 'minmax'),
     'model.dtype': ('float32', 'bfloat16', 'float64'),

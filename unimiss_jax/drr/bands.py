@@ -2,7 +2,8 @@
 
 Row `o` of a weight matrix holds what each voxel `j` gives to output `o`, which lies at voxel coordinate
 `c` and is `f` voxels wide: `box` is the mean over a finite pixel (distance-driven projection, De Man and
-Basu 2004), `linear` the interpolation at a point (Joseph 1982).
+Basu 2004), `linear` the interpolation at a point (Joseph 1982), `bspline` that with the cubic B-spline on
+the voxels as they are, which smooths them (the released UniMiSS+ renderer).
 """
 from typing import NamedTuple
 
@@ -10,7 +11,7 @@ import numpy as np
 
 from unimiss_jax.drr.geometry import array_namespace
 
-KINDS = ('box', 'linear')
+KINDS = ('box', 'linear', 'bspline')
 STRIP = 8            # outputs that share one run of voxels: fewer waste less work, more make larger matrix products
 CHUNK = 2 ** 22      # dense weights which the jax form holds at once
 
@@ -43,9 +44,19 @@ def weights(kind: str, c, f, first, j, length: int, dtype):
     to = {'out': x} if xp is np else {}    # in place where arrays allow it
     x = xp.subtract((1 + inverse) / 2, xp.abs(x, **to), **to)
     return xp.minimum(xp.maximum(x, 0, **to), xp.minimum(inverse, 1), **to)
-  inside = (c >= -.5) & (c <= length - .5)
-  held = xp.clip(c, 0, length - 1) - first    # edge clamp within half a voxel
-  return xp.maximum(1 - xp.abs(held.astype(dtype) - j.astype(dtype)), 0) * inside
+  inside = (c >= -.5) & (c <= length - .5)    # within half a voxel of the axis its outermost voxels continue
+  if kind == 'linear':
+    held = xp.clip(c, 0, length - 1) - first
+    return xp.maximum(1 - xp.abs(held.astype(dtype) - j.astype(dtype)), 0) * inside
+  x = (c - first).astype(dtype) - j.astype(dtype)
+  below, above = (first + j == 0) * inside, (first + j == length - 1) * inside
+  return (cubic(x) * inside + (cubic(x + 1) + cubic(x + 2)) * below + (cubic(x - 1) + cubic(x - 2)) * above)
+
+
+def cubic(x):
+  """Cubic B-spline, support -2 .. 2."""
+  xp = array_namespace(x)
+  return (xp.maximum(2 - xp.abs(x), 0) ** 3 - 4 * xp.maximum(1 - xp.abs(x), 0) ** 3) / 6
 
 
 def touches(samples: Samples, length: int) -> bool:
@@ -60,14 +71,14 @@ def banded(volume, rows: Samples, cols: Samples, kind: str):
   Args:
     volume: `[K, nr, nc]`, any strides.
     rows, cols: samples in float64.
-    kind: 'box' or 'linear'.
+    kind: one of KINDS.
 
   Returns:
     `[h, w]` float64 for a float64 volume, else float32.
   """
   dtype = np.float64 if volume.dtype == np.float64 else np.float32
   (depth, nr, nc), h, w = volume.shape, rows.coords.shape[1], cols.coords.shape[1]
-  row, col = _strips(rows, nr), _strips(cols, nc)
+  row, col = _strips(rows, nr, kind), _strips(cols, nc, kind)
   (j0, j1), (i0, i1) = ((s.first.min(), s.first.max() + s.count) for s in (row, col))
   rows_first, cols_first = h * (row.count * (i1 - i0) + w * col.count), w * (col.count * (j1 - j0) + h * row.count)
   if rows_first > 2 * cols_first:    # not for less: the strided rows of an image cost as much again
@@ -128,12 +139,12 @@ def dense(volume, rows: Samples, cols: Samples, kind: str):
   return jax.lax.scan(add, jnp.zeros((h, w), wide), stack)[0]
 
 
-def _strips(samples: Samples, length: int) -> Strips:
+def _strips(samples: Samples, length: int, kind: str) -> Strips:
   fill = -samples.coords.shape[1] % STRIP
   coords = np.pad(samples.coords, ((0, 0), (0, fill)), mode='edge') if fill else samples.coords
   coords = coords.reshape(len(coords), -1, STRIP)
   outer = coords[[0, -1]]    # coordinates are linear in the slice and in the output
-  reach = np.maximum(samples.footprint.max() / 2 + .5, 1)
+  reach = {'box': samples.footprint.max() / 2 + .5, 'linear': 1, 'bspline': 2}[kind]
   first, end = np.floor(outer.min((0, 2)) - reach) + 1, np.ceil(outer.max((0, 2)) + reach)
   first, end = (np.clip(x, 0, length).astype(int) for x in (first, end))
   count = max(1, (end - first).max())

@@ -53,12 +53,14 @@ def is_concrete(*values) -> bool:
   return jax is None or not any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(values))
 
 
-def camera(view: str, center_mm, pitch_mm, shape, sdd_mm=2000., sod_mm=1800., offset_mm=(0., 0.)):
+def camera(view: str, center_mm, pitch_mm, shape, sdd_mm=2000., sod_mm=1800., offset_mm=(0., 0.),
+           tilt_deg=(0., 0., 0.)):
   """Source and detector which show one window of the isocentre plane.
 
   Every displayed direction (down, right) runs against its patient axis, so all lengths here are in the
   directions of the display. A negative pitch mirrors the window in place. The source may be shifted
-  parallel to the film; the window stays where it is on the isocentre plane.
+  parallel to the film; the window stays where it is on the isocentre plane. Tilt turns source, film and
+  window together about the isocentre.
 
   Args:
     view: 'axial', 'ap', 'pa' or 'lateral'.
@@ -68,22 +70,40 @@ def camera(view: str, center_mm, pitch_mm, shape, sdd_mm=2000., sod_mm=1800., of
     sdd_mm: source to detector.
     sod_mm: source to isocentre.
     offset_mm: (down, right), shift of the source.
+    tilt_deg: (yaw, pitch, roll), see `rotation`.
 
   Returns:
-    (source_mm, Detector). Components that no argument can change are the Python number 0, from which
-    `project` knows the axes even while the arguments are traced.
+    (source_mm, Detector). Without tilt, components that no argument can change are the Python number 0,
+    from which `project` knows the axes even while the arguments are traced.
   """
   (march, *displayed), side = _view(view)
   magnification = sdd_mm / sod_mm
-  source, origin, steps = [0.] * 3, [0.] * 3, ([0.] * 3, [0.] * 3)
-  source[march], origin[march] = side * sod_mm, -side * (sdd_mm - sod_mm)
-  for axis, n, center, pitch, offset, step in zip(displayed, shape, center_mm, pitch_mm, offset_mm, steps):
-    source[axis] = -offset
-    step[axis] = -pitch * magnification
-    # The ray from the source through `center` on the isocentre plane meets the film here.
-    on_film = -(magnification * center - (magnification - 1) * offset)
-    origin[axis] = on_film - step[axis] * (n - 1) / 2
-  return tuple(source), Detector(tuple(shape), tuple(origin), tuple(steps[0]), tuple(steps[1]))
+  # The ray from the source through `center` on the isocentre plane meets the film at `on_film`.
+  on_film = [magnification * c - (magnification - 1) * o for c, o in zip(center_mm, offset_mm)]
+  steps = [p * magnification for p in pitch_mm]
+  corner = [c - s * (n - 1) / 2 for c, s, n in zip(on_film, steps, shape)]
+  # Along the beam, down, right:
+  vectors = (-sod_mm, *offset_mm), (sdd_mm - sod_mm, *corner), (0., steps[0], 0.), (0., 0., steps[1])
+  if not (is_concrete(tilt_deg) and all(angle == 0 for angle in tilt_deg)):
+    turn = rotation(*tilt_deg)
+    vectors = [tuple(sum(t * v for t, v in zip(row, vector)) for row in turn) for vector in vectors]
+  signs = dict(zip((march, *displayed), (-side, -1, -1)))
+  order = sorted(range(3), key=(march, *displayed).__getitem__)
+  source, *film = (tuple(signs[axis] * v[i] for axis, i in enumerate(order)) for v in vectors)
+  return source, Detector(tuple(shape), *film)
+
+
+def rotation(yaw, pitch, roll):
+  """Rows of the matrix yaw @ pitch @ roll on vectors (along the beam, down, right), angles in degrees.
+
+  Yaw turns the beam to the right, pitch turns it down, and roll, which comes first, turns the film in its
+  plane, down to right.
+  """
+  xp = array_namespace(yaw, pitch, roll)
+  (cy, sy), (cp, sp), (cr, sr) = ((xp.cos(a), xp.sin(a)) for a in (xp.deg2rad(angle) for angle in (yaw, pitch, roll)))
+  return ((cy * cp, -cy * sp * cr - sy * sr, cy * sp * sr - sy * cr),
+          (sp, cp * cr, -cp * sr),
+          (sy * cp, -sy * sp * cr + cy * sr, sy * sp * sr + cy * cr))
 
 
 def field(view: str, shape, spacing_mm, sod_mm=1800.) -> tuple[float, float]:
