@@ -28,6 +28,7 @@ def base() -> ConfigDict:
       phantom_records=768,        # phantoms per stream, where data.ct or data.xray is ''
       workers=0,                  # data processes beside the trainer; 0 = threads only
       on_bad_file='skip',         # skip: one line and go on; stop: one line and exit 1
+      reshuffle=True,             # X-rays: shuffled anew in every pass; False: all epochs' passes are shuffled as one
   ))
   c.views = ConfigDict(dict(
       ct=dict(
@@ -37,6 +38,7 @@ def base() -> ConfigDict:
           scale=(0.8, 1.2),       # crop factor per axis (extent=output: in-plane only)
           resize='linear',        # linear (half-pixel, no antialias) | area (exact box mean)
           pad_hu=-1024,           # fill of volumes that are too small; 0 (= water) in the released code
+          pad_to=(0, 0),          # extent=output: in-plane pixels to which smaller volumes are padded before they are cropped
           flip_p=0.8,             # per axis D, H, W
           aug_unit='slice',       # slice | volume: what shares one intensity draw
           gamma_stats='fixed',    # fixed | bg0197: order in which gamma restores mean and std
@@ -77,7 +79,8 @@ def base() -> ConfigDict:
       decoder_dims=(320, 256, 128, 64, 32), decoder_depths=(1, 1, 1), decoder_heads=(4, 2, 1),
       decoder_sr_ratios=(2, 4, 8),
       image_size=96, volume_size=(16, 96, 96),    # what the position embeddings are made for
-      pos_interp='grid', cls_token=True,
+      pos_interp='grid',          # grid | reference: how the tables are laid over other sizes
+      cls_token=True,
       encoder_drop_path=0., decoder_drop_path=0.1,
       conv_residual=False, last_stride=2, final_norm=False, init='released',
       dtype='float32',            # of the activations; parameters, norms and losses stay float32
@@ -92,7 +95,7 @@ def base() -> ConfigDict:
       weight_decay=0.04, weight_decay_end=0.4,
       clip=0., clip_mode='global',       # global | per_tensor; 0 = off
       freeze_last_layer=2.,              # epochs
-      freeze_3d='mask',                  # in X-ray phases: mask = skipped | none
+      freeze_3d='mask',                  # in X-ray phases: mask = skipped | zero_grad: AdamW drifts on | none
       accum=1,                           # micro-batches per step
       max_skipped=10,                    # non-finite steps in a row before the run stops
   ))

@@ -9,20 +9,21 @@ presets
             (contrastive terms, standardised projections, residual trunk), not the papers'.
   plain     the losses, schedule and augmentation of the released UniMiSS+ code with its defects
             mended; 63.3 M parameters, made for accelerators.
+  reference what the released code computes, defects included, to compare against it.
 """
 from ml_collections import ConfigDict
 
 from configs import common
 
-PRESETS = ('phantom', 'plain')
+PRESETS = ('phantom', 'plain', 'reference')
 
 
 def get_config(arg: str | None = None) -> ConfigDict:
   preset, _ = common.parse_arg(arg, PRESETS)
   config = plain()
   config.preset = preset
-  if preset == 'phantom':
-    phantom(config)
+  if preset != 'plain':
+    {'phantom': phantom, 'reference': reference}[preset](config)
   return config.lock()
 
 
@@ -37,9 +38,8 @@ def plain() -> ConfigDict:
       student_temp=0.1, teacher_temp=0.04,
       warmup_teacher_temp=0.04, teacher_temp_warmup=0.,  # epochs
       center_momentum=0.9,
-      center_updates='once',      # once per step, after it
+      center_updates='once',      # once: after the step | sequential: after every loss of it
       slices=2,                   # every 2nd slice of a CT crop goes through the 2D branch
-      slice_pool='logits',        # logits | probs: what is averaged over the slices
       slice_intensity='raw',      # raw (HU/1024, as the crop) | minmax
       recon_minmax_eps=1e-6,      # smallest range that a crop's min-max divides by
       shuffle_pairs=False,        # control: positives are other instances; nothing may be learned
@@ -74,3 +74,15 @@ def phantom(c: ConfigDict) -> None:
   c.checkpoint.every = 190
   c.eval.every = 380
   c.log.every = 20
+
+
+def reference(c: ConfigDict) -> None:
+  """The released code where `plain` departs from it. Not reproduced: its crash after the last epoch, phases that swap
+  when a run is resumed, random numbers that its loader's workers share."""
+  c.epochs = 401                  # 201 of CT, 200 of X-rays
+  c.data.reshuffle = False
+  c.views.ct.update(dict(pad_hu=0, pad_to=(256, 256), gamma_stats='bg0197'))
+  c.drr.update(dict(kind='bspline', mu='minmax', image='minmax', quantize=True))
+  c.model.pos_interp = 'reference'
+  c.loss.update(dict(center_updates='sequential', recon_minmax_eps=0.))
+  c.optim.update(dict(freeze_3d='zero_grad', max_skipped=1))    # a constant crop is not a number: the run ends

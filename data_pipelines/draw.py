@@ -3,8 +3,7 @@
 Drawing is apart from applying, so that a view depends on the generator alone (keyed by seed and stream
 position) and host and device apply the same numbers. Distributions are those of the released UniMiSS+
 code (batchgenerators for CT, torchvision for 2D); `extent='record'`, gamma and noise of 2D views, source
-jitter, tilt and paired windows are ours. One rule differs: a volume is padded to the size of a view where it is
-smaller, not to 256 x 256.
+jitter, tilt and paired windows are ours.
 
 All functions return {group: {name: array}} with a leading axis of views (2; centre views 1); groups are
 'ct', 'drr' or 'xray', names and units those of `unimiss_jax.views` and of `drr.geometry.camera`.
@@ -89,7 +88,7 @@ def _boxes(rng, cfg, shape) -> dict:
     size = rng.uniform(*cfg.scale, (2, 3)) * shape
     start = rng.random((2, 3)) * (shape - size)
   elif cfg.extent == 'output':
-    lack = np.maximum(out - shape, 0)    # padding: both sides of the depth, the end in-plane
+    lack = np.maximum(np.maximum(out, (0, *cfg.pad_to)) - shape, 0)    # padding: both ends in depth, the far one in-plane
     room = shape[1:] + lack[1:]
     block = _crop_size(rng, cfg.precrop, out[1:], room, 1) if any(cfg.precrop) else room[None]
     corner = rng.integers(0, room - block + 1)

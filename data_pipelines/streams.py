@@ -68,6 +68,8 @@ class Stream:
     if workers:
       _parse_flags()
     options = grain.MultiprocessingOptions(num_workers=workers) if workers else None
+    if name == 'xray' and not config.data.reshuffle:    # as the released code: one shuffle of a list for all epochs
+      records = records.repeat(max(config.epochs, 1))
     self._iterator = iter(grain.experimental.ElasticIterator(
         records.shuffle().repeat(None).random_map(_Views(name, config)), self.batch,
         grain.sharding.ShardOptions(shard_index=shard_index, shard_count=shard_count),

@@ -27,14 +27,14 @@ def cosine_schedule(base, final, total_steps, warmup_steps, start=0.) -> Callabl
     start: value of step 0 if there is a warm-up.
 
   Returns:
-    f(step): float64 for Python and numpy steps, float32 for traced ones (DINO, Caron et al. 2021).
+    f(step): float64 for Python and numpy steps, jax's default float for traced ones (DINO, Caron et al. 2021).
   """
   warm = int(warmup_steps)
   rest = max(int(total_steps) - warm, 1)
 
   def schedule(step):
     if isinstance(step, jax.Array):
-      xp, step = jnp, step.astype(jnp.float32)
+      xp, step = jnp, step.astype(float)
     else:
       xp, step = np, np.asarray(step, np.float64)
     rise = start + (base - start) * step / max(warm - 1, 1)

@@ -12,7 +12,7 @@ from unimiss_jax.state import TrainState
 def schedules(config, method):
   """Learning rate (scaled by the batch) and weight decay per step."""
   o = config.optim
-  batch = config.batch.ct or config.batch.xray
+  batch = config.batch.ct if config.phases.ct else config.batch.xray
   lr = o.lr * batch / o.lr_reference_batch if o.lr_reference_batch else o.lr
   warm = int(round(o.warmup_epochs * method.steps_per_epoch))
   return (optim.cosine_schedule(lr, o.min_lr, method.total_steps, min(warm, method.total_steps - 1)),

@@ -23,10 +23,11 @@ CHOICES = {
     'drr.image': ('line', 'transmission', 'minmax'),
     'model.dtype': ('float32', 'bfloat16', 'float64'),
     'model.init': ('released', 'fan_in'),
+    'model.pos_interp': ('grid', 'reference'),
     'optim.name': ('adamw',),
     'optim.clip_mode': ('global', 'per_tensor'),
-    'optim.freeze_3d': ('mask', 'none'),
-    'loss.center_updates': ('once',),
+    'optim.freeze_3d': ('mask', 'zero_grad', 'none'),
+    'loss.center_updates': ('once', 'sequential'),
     'loss.slice_intensity': ('raw', 'minmax'),
 }
 STREAMS = ('ct', 'xray')

@@ -8,11 +8,11 @@ import time
 
 
 class Watchdog:
-  """`with Watchdog(minutes) as w:` and w.alive() after every step. 0 minutes = off."""
+  """`with Watchdog(minutes) as w:` and w.alive() after every step; it counts from the first call. 0 minutes = off."""
 
   def __init__(self, minutes: float):
     self.seconds = minutes * 60
-    self._last = time.monotonic()
+    self._last = None
     self._over = threading.Event()
 
   def __enter__(self):
@@ -28,7 +28,7 @@ class Watchdog:
 
   def _watch(self):
     while not self._over.wait(min(self.seconds / 4, 10.)):
-      if time.monotonic() - self._last > self.seconds:
+      if self._last is not None and time.monotonic() - self._last > self.seconds:
         logging.error('no step finished for %.1f min; stacks of all threads follow', self.seconds / 60)
         faulthandler.dump_traceback(sys.__stderr__, all_threads=True)
         os._exit(1)

@@ -5,18 +5,24 @@ import math
 
 from etils import epath
 
+EVAL = 'eval'      # phase of evaluation rows
+
 
 class Writer:
   """One object per run, on process 0 only.
 
-  Rows of a former life of the run behind `first_step` are dropped, so a resumed run has each step once.
+  Rows of a former life of the run behind its checkpoint are dropped, so a resumed run has each step once: training
+  rows carry the index of their step (kept below `first_step`), evaluations the number of steps taken (kept up to it).
   """
 
   def __init__(self, workdir, first_step: int = 0, tensorboard: bool = True):
     self.path = epath.Path(workdir) / 'metrics.jsonl'
     rows = self.path.read_text().splitlines() if self.path.exists() else []
-    kept = [r for r in rows if _step(r) is not None and _step(r) < first_step]
-    self.path.write_text(''.join(r + '\n' for r in kept))
+    kept = [r for r in rows if _belongs(r, first_step)]
+    if len(kept) < len(rows):
+      new = self.path.with_suffix('.new')       # a full disk must not cost the history
+      new.write_text(''.join(r + '\n' for r in kept))
+      new.replace(self.path)
     self._file = self.path.open('a')
     self._board = _board(workdir, first_step) if tensorboard else None
 
@@ -48,12 +54,13 @@ def _plain(v):
   return None if isinstance(v, float) and not math.isfinite(v) else v
 
 
-def _step(row: str):
-  """Step of a line; None for a line torn by a crash."""
+def _belongs(row: str, first_step: int) -> bool:
+  """False for a line from behind the checkpoint, or torn by a crash."""
   try:
-    return json.loads(row)['step']
+    row = json.loads(row)
+    return row['step'] < first_step + (row.get('phase') == EVAL and first_step > 0)
   except (ValueError, KeyError, TypeError):
-    return None
+    return False
 
 
 def _board(workdir, first_step):
@@ -62,4 +69,4 @@ def _board(workdir, first_step):
   except ImportError:
     logging.warning('tensorboardX is not installed: metrics go to metrics.jsonl only')
     return None
-  return SummaryWriter(str(workdir), purge_step=first_step or None)
+  return SummaryWriter(str(workdir), purge_step=first_step + 1 if first_step else None)

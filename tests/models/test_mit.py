@@ -96,8 +96,8 @@ def test_wrong_layouts(model, shape, text):
 
 
 def test_unknown_options_are_named():
-  with pytest.raises(ValueError, match="use 'grid'"):
-    shapes(MiTPlus(**TINY, pos_interp='reference'), IMAGE)
+  with pytest.raises(ValueError, match='use one of grid, reference'):
+    shapes(MiTPlus(**TINY, pos_interp='cubic'), IMAGE)
   with pytest.raises(ValueError, match="'released', 'fan_in'"):
     models.init_params(MiTPlus(**TINY, init='xavier'), jax.random.key(0))
   with pytest.raises(ValueError, match='known are mit_plus'):

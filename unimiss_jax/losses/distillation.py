@@ -27,6 +27,11 @@ def dino_loss(student, teacher, center, *, student_temp, teacher_temp, center_mo
   return loss, center_momentum * center + (1 - center_momentum) * teacher.mean((0, 1))[None]
 
 
+def center_of_next(before, after):
+  """The centre that the next loss of the same step uses: `before`, the one that the step began with."""
+  return before
+
+
 def temperature_schedule(warmup: float, final: float, warmup_epochs: float, steps_per_epoch: int):
   """Teacher temperature: constant within an epoch, from `warmup` (first) to `final` (last of the warm-up epochs).
 

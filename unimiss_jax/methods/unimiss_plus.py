@@ -6,6 +6,7 @@ X-ray phase   self-distillation and reconstruction of real radiographs
 Optional terms of our own: InfoNCE between two views of an instance and between a CT and its DRR.
 A term of weight 0 is not built; without self-distillation there is no teacher and no centre.
 """
+import importlib
 import math
 from functools import partial
 
@@ -17,18 +18,21 @@ from unimiss_jax.losses import collapse, contrastive, distillation, reconstructi
 from unimiss_jax.methods import alternation
 from unimiss_jax.methods.base import Aux, Method, Phase
 from unimiss_jax.models.heads import DINOHead
-from unimiss_jax.optim import SKIP, TRAIN, cosine_schedule
+from unimiss_jax.optim import SKIP, TRAIN, ZERO, cosine_schedule
 
 DISTILL = ('ct', 'drr', 'slice', 'xray')
 RECONSTRUCT = ('recon_ct', 'recon_drr', 'recon_xray')
+FREEZE_3D = {'mask': SKIP, 'zero_grad': ZERO, 'none': TRAIN}
+CENTER_UPDATES = {'once': 'unimiss_jax.losses.distillation', 'sequential': 'unimiss_jax.losses.reference'}
 
 
 def make(config, data) -> Method:
   loss, batch = config.loss, config.batch
+  check_terms(loss, config.phases)
   distils = any(loss[k] for k in DISTILL)
   reconstructs = any(loss[k] for k in RECONSTRUCT)
-  records = data['ct'][0] if 'ct' in data else data['xray'][0]
-  steps_per_epoch = max(records // (batch.ct or batch.xray), 1)
+  leading = next(iter(data))                  # CT, where there is CT
+  steps_per_epoch = max(data[leading][0] // batch[leading], 1)
   total = config.steps or config.epochs * steps_per_epoch
   epoch = lambda epochs: int(round(epochs * steps_per_epoch))
 
@@ -40,6 +44,7 @@ def make(config, data) -> Method:
   momentum = cosine_schedule(config.ema.momentum, config.ema.momentum_end, total, 0)
   teacher_temp = distillation.temperature_schedule(
       loss.warmup_teacher_temp, loss.teacher_temp, loss.teacher_temp_warmup, steps_per_epoch)
+  center_of_next = importlib.import_module(CENTER_UPDATES[loss.center_updates]).center_of_next
 
   def init(key):
     k_backbone, k_head = jax.random.split(key)
@@ -69,9 +74,9 @@ def make(config, data) -> Method:
       z = contrastive.standardize(z)
     return z.reshape(*embedding.shape[:2], -1).swapaxes(0, 1)
 
-  def distil(student, teacher, extra, step):
+  def distil(student, teacher, center, step):
     return distillation.dino_loss(
-        student.swapaxes(0, 1), teacher.swapaxes(0, 1), extra['center'], student_temp=loss.student_temp,
+        student.swapaxes(0, 1), teacher.swapaxes(0, 1), center, student_temp=loss.student_temp,
         teacher_temp=teacher_temp(step), center_momentum=loss.center_momentum)
 
   def positives(z):                  # [2, B, D]; the control pairs view 1 of another instance
@@ -105,9 +110,11 @@ def make(config, data) -> Method:
       students = {'dino_loss': (loss.ct, lambda: logits(params, e_ct)),
                   'drr_loss': (loss.drr, lambda: logits(params, e_drr)),
                   'slice_loss': (loss.slice, lambda: slices(params, rows['ct'], rows['rng']))}
+      center = extra['center']
       for name, (weight, student) in students.items():
         if weight:
-          value, mean['center'] = distil(student(), t, extra, step)
+          value, mean['center'] = distil(student(), t, center, step)
+          center = center_of_next(center, mean['center'])
           terms[name] = (weight, value)
     if loss.recon_ct:
       target = reconstruction.minmax(rows['ct'], loss.recon_minmax_eps, axes=(2, 3, 4, 5))
@@ -133,7 +140,7 @@ def make(config, data) -> Method:
     if loss.xray:
       t = teach(extra, rows['xray'])
       metrics |= collapse.teacher(t, extra['center'], teacher_temp(step))
-      value, mean['center'] = distil(logits(params, e), t, extra, step)
+      value, mean['center'] = distil(logits(params, e), t, extra['center'], step)
       terms['dino_loss'] = (loss.xray, value)
     if loss.recon_xray:
       terms['recon_xray_loss'] = (loss.recon_xray, reconstruction.sigmoid_mse(r, rows['xray']))
@@ -147,13 +154,12 @@ def make(config, data) -> Method:
     l_x, a_x = xray_loss(params, extra, batch, key, step)
     centers = [a.mean['center'] for a in (a_ct, a_x) if 'center' in a.mean]
     mean = {'center': sum(centers) / len(centers)} if centers else {}
-    suffixed = {f'{k}_xray': v for k, v in a_x.metrics.items()}
-    return l_ct + l_x, Aux(mean, {}, a_ct.metrics | suffixed | {'train/loss': l_ct + l_x})
+    return l_ct + l_x, Aux(mean, {}, a_ct.metrics | of_xray(a_x.metrics) | {'train/loss': l_ct + l_x})
 
   def update(phase):
     def mode(group, step):
-      if group == '3d' and phase == 'xray' and config.optim.freeze_3d == 'mask':
-        return SKIP
+      if group == '3d' and phase == 'xray':
+        return FREEZE_3D[config.optim.freeze_3d]
       if group == 'last_layer':
         return jnp.where(step < epoch(config.optim.freeze_last_layer), SKIP, TRAIN)
       return TRAIN
@@ -187,10 +193,9 @@ def make(config, data) -> Method:
   build = {'ct': Phase({'ct': batch.ct}, ct_loss, update('ct'), chance(config, batch.ct, 'ct')),
            'xray': Phase({'xray': batch.xray}, xray_loss, update('xray'), chance(config, batch.xray, 'xray')),
            'joint': Phase({'ct': batch.ct, 'xray': batch.xray}, joint_loss, update('joint'),
-                          chance(config, batch.ct, 'ct')
-                          | {f'{k}_xray': v for k, v in chance(config, batch.xray, 'xray').items()})}
+                          chance(config, batch.ct, 'ct') | of_xray(chance(config, batch.xray, 'xray')))}
   schedule, names = alternation.schedule(config.phases, steps_per_epoch)
-  couples = bool(loss.nce or loss.pair_nce)
+  couples = bool(loss.nce or loss.pair_nce or loss.center_updates != 'once')
   return Method(
       init=init, groups=groups, schedule=schedule, post=post,
       phases={n: build[n]._replace(couples_samples=couples) for n in names},
@@ -212,11 +217,25 @@ def embedding_health(e):
   return {'collapse/feature_std': collapse.feature_std(flat), 'collapse/rankme': collapse.rankme(flat)}
 
 
+def check_terms(loss, phases) -> None:
+  """Raises ValueError for a phase that would have no loss."""
+  of = {'ct': ('ct', 'drr', 'slice', 'recon_ct', 'recon_drr', 'nce', 'pair_nce'), 'xray': ('xray', 'recon_xray', 'nce')}
+  for phase, terms in of.items():
+    if phases[phase] and not any(loss[t] for t in terms):
+      raise ValueError(f'phases.{phase}={phases[phase]}, but none of its losses is on ({", ".join(terms)} are all 0): '
+                       f'give loss.{terms[0]} a weight, or set phases.{phase}=0')
+
+
 def weighted(terms, mean, metrics):
   """{name: (weight, value)} -> loss = sum of weight * value, and Aux with every part."""
   total = sum(w * v for w, v in terms.values())
   parts = {f'train/{k}': v for k, (_, v) in terms.items()}
   return total, Aux(mean, {}, {'train/loss': total} | parts | metrics)
+
+
+def of_xray(metrics) -> dict:
+  """Names of X-ray metrics beside those of CT in one row: 'train/xray_nce_loss'."""
+  return {k.replace('/', '/xray_', 1): v for k, v in metrics.items()}
 
 
 def chance(config, batch, stream) -> dict[str, float]:

@@ -221,13 +221,16 @@ def resize_positions(table, native, grid, cls_token: bool):
   return jnp.concatenate([table[:, :first], maps], 1)
 
 
-def linear_matrix(old: int, new: int) -> np.ndarray:
-  """[new, old] weights of linear interpolation, half-pixel centres, edges repeated."""
-  return _matrix(old, new, lambda t: np.maximum(1 - abs(t), 0), (0, 1))
+def linear_matrix(old: int, new: int, extent: float | None = None) -> np.ndarray:
+  """[new, old] weights of linear interpolation, half-pixel centres, edges repeated; `extent` as in `cubic_matrix`."""
+  return _matrix(old, new, extent, lambda t: np.maximum(1 - abs(t), 0), (0, 1))
 
 
-def cubic_matrix(old: int, new: int) -> np.ndarray:
-  """[new, old] weights of cubic convolution (Keys 1981) with a = -0.75, half-pixel centres, edges repeated."""
+def cubic_matrix(old: int, new: int, extent: float | None = None) -> np.ndarray:
+  """[new, old] weights of cubic convolution (Keys 1981) with a = -0.75, half-pixel centres, edges repeated.
+
+  The old axis is laid over `extent` new pixels, of which the first `new` are kept; None: all of them.
+  """
   a = -0.75
 
   def kernel(t):
@@ -235,11 +238,11 @@ def cubic_matrix(old: int, new: int) -> np.ndarray:
     near = ((a + 2) * t - (a + 3)) * t * t + 1
     far = ((t - 5) * t + 8) * a * t - 4 * a
     return np.where(t <= 1, near, np.where(t < 2, far, 0))
-  return _matrix(old, new, kernel, (-1, 0, 1, 2))
+  return _matrix(old, new, extent, kernel, (-1, 0, 1, 2))
 
 
-def _matrix(old, new, kernel, taps):
-  source = (np.arange(new) + 0.5) * old / new - 0.5
+def _matrix(old, new, extent, kernel, taps):
+  source = (np.arange(new) + 0.5) * old / (extent or new) - 0.5
   matrix = np.zeros((new, old))
   for tap in taps:
     index = np.floor(source).astype(int) + tap

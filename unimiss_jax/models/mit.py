@@ -7,6 +7,7 @@ linears and norms are shared. Arithmetic and names are those of the released cod
 from __future__ import annotations
 
 import dataclasses
+import importlib
 import math
 import re
 from typing import Any, NamedTuple
@@ -19,6 +20,7 @@ import numpy as np
 from unimiss_jax.models import layers
 
 MIN_SIZE_2D, MIN_SIZE_3D, MIN_DEPTH = 64, 32, 16
+POS_INTERP = {'grid': 'unimiss_jax.models.layers', 'reference': 'unimiss_jax.models.reference'}
 
 
 class MiTOutput(NamedTuple):
@@ -39,7 +41,8 @@ class Trunk(nn.Module):
     decoder_depths, decoder_heads, decoder_sr_ratios: of the three decoder stages.
     in_channels: of images, of volumes.
     image_size, volume_size: what the position tables are made for.
-    pos_interp: 'grid' = tables are interpolated to other sizes, 2-D and 3-D, encoder and decoder.
+    pos_interp: 'grid' = tables are interpolated to other sizes, 2-D and 3-D, encoder and decoder; 'reference' = the
+      arithmetic of the released code, which can do less.
     encoder_drop_path, decoder_drop_path: rate of the last block; the first one has 0, linear between.
     conv_residual: every 3^n block of the encoder but the first adds its input.
     last_stride: in-plane stride of s4 (and of the decoder's first up-sampling).
@@ -86,8 +89,8 @@ class Trunk(nn.Module):
 
   def check(self, size, channels: int):
     """Raises ValueError, naming the nearest valid size, for an input the strides do not divide or that is too small."""
-    if self.pos_interp != 'grid':
-      raise ValueError(f"model.pos_interp={self.pos_interp!r} is not available: use 'grid'")
+    if self.pos_interp not in POS_INTERP:
+      raise ValueError(f'model.pos_interp={self.pos_interp!r} unknown: use one of {", ".join(POS_INTERP)}')
     n, step = len(size), 16 * self.last_stride
     least = [MIN_SIZE_2D] * 2 if n == 2 else [MIN_DEPTH, MIN_SIZE_3D, MIN_SIZE_3D]
     steps = [step] * 2 if n == 2 else [4, step, step]
@@ -263,4 +266,5 @@ class MiTPlus(Trunk):
 def positions(module, name, dim, native, grid, cls_token):
   """The module's position table `name`, made for the native grid, on this grid."""
   table = module.param(name, layers.zeros, (1, int(cls_token) + math.prod(native), dim), layers.wide(module.dtype))
-  return layers.resize_positions(table, native, grid, cls_token).astype(module.dtype)
+  resize = importlib.import_module(POS_INTERP[module.pos_interp]).resize_positions
+  return resize(table, native, grid, cls_token).astype(module.dtype)

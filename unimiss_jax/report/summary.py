@@ -28,7 +28,7 @@ def table(metrics: list[dict], chance: dict[str, dict[str, float]], tests: int =
   if evals:
     first, last = evals[0], evals[-1]
     for name in (n for n in (*KNN, *RECALL) if n in first and n in last):
-      level = 0.5 if name in KNN else 10 / tests if tests else None
+      level = 0.5 if name in KNN else min(1., 10 / tests) if tests else None
       raw = first.get(name.replace('eval/', 'eval/raw_', 1))
       out.append(line(name[5:], first[name], last[name], level) + (f'   raw pixels {raw:.3f}' if raw else ''))
   return out
