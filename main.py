@@ -42,6 +42,12 @@ def main(argv) -> int:
     if f.debug:
       raise
     return fail(e, 1)
+  except OSError as e:    # a full disk, a vanished share
+    if f.debug:
+      raise
+    return fail(f'{e}. What was saved before is in {f.workdir}; the same command continues from there', 1)
+  except KeyboardInterrupt:
+    return fail(f'interrupted; what was saved before is in {f.workdir}, the same command continues from there', 130)
 
 
 if __name__ == '__main__':

@@ -88,7 +88,7 @@ def _boxes(rng, cfg, shape) -> dict:
     size = rng.uniform(*cfg.scale, (2, 3)) * shape
     start = rng.random((2, 3)) * (shape - size)
   elif cfg.extent == 'output':
-    lack = np.maximum(np.maximum(out, (0, *cfg.pad_to)) - shape, 0)    # padding: both ends in depth, the far one in-plane
+    lack = np.maximum(np.maximum(out, (0, *cfg.pad_to)) - shape, 0)    # padding: both ends in depth, one in-plane
     room = shape[1:] + lack[1:]
     block = _crop_size(rng, cfg.precrop, out[1:], room, 1) if any(cfg.precrop) else room[None]
     corner = rng.integers(0, room - block + 1)

@@ -55,12 +55,17 @@ def _from_manifest(config) -> EvalSet:
             else centre_xray({'image': images.read(r['path']).array}, config) for r in part]
     views |= _stack(made)
     known = sorted({k for r in part for k in r['label']})
-    labels[name] = {k: np.array([r['label'].get(k, 0) for r in part]) for k in known}
+    labels[name] = {k: np.array([_label(r['label'], k) for r in part]) for k in known}
     fit[name] = np.array([r['split'] == 'train' for r in part])
     if fit[name].all() or not fit[name].any():
       raise DataError('SPLIT_EMPTY', config.eval.knn, f'{kind}s: {int(fit[name].sum())} of {len(part)} rows are '
                       'split "train", the rest is the test part', 'give both splits rows')
   return EvalSet(views, labels, fit, False, config.eval.knn)
+
+
+def _label(label: dict, finding: str) -> float:
+  """0 or 1; NaN where a row says nothing about a finding; a row with a class is not of the other classes."""
+  return label.get(finding, 0. if finding.startswith('class_') else np.nan)
 
 
 def preview(config, of, n: int = 4) -> dict:

@@ -2,7 +2,8 @@
 
 CT record: volume int16 [D, H, W] = [S, A, R] HU, spacing_mm (z, y, x), index, name, bad; with whole=True also
 whole (the whole scan, reduced to about 3 mm) and whole_spacing_mm. X-ray record: image uint8 or uint16 [H, W],
-index, name, bad. `bad`: the file of record `index` failed after the start, and this is the next good one.
+index, group, name, bad. Records of one scan share their group. `bad`: the file of record `index` failed after the
+start, and this is the next good one.
 Decoded files stay in a bounded cache.
 """
 import collections
@@ -16,6 +17,7 @@ import numpy as np
 from data_pipelines import files, images, phantom, tiles
 from data_pipelines.errors import DataError
 
+SHOWN = 3                # warnings of one kind; further ones are only counted
 CACHE_BYTES = 1 << 30    # per process: 768 phantoms, or some forty scans
 
 
@@ -87,7 +89,8 @@ class PhantomCT:
 
   def __getitem__(self, i: int) -> dict:
     volume, spacing, _ = self._get(i)
-    record = {'volume': volume, 'spacing_mm': spacing, 'index': i, 'name': f'phantom {self.indices[i]}', 'bad': False}
+    record = {'volume': volume, 'spacing_mm': spacing, 'index': i, 'group': i, 'name': f'phantom {self.indices[i]}',
+              'bad': False}
     return record | ({'whole': volume, 'whole_spacing_mm': spacing} if self.whole else {})
 
   def labels(self, i: int) -> dict:
@@ -119,7 +122,7 @@ class PhantomXray:
   def __getitem__(self, i: int) -> dict:
     index = self.indices[i]
     image, = self.cache.get(i, lambda: (phantom.xray(_phantom(self.seed, index), self.seed, index),))
-    return {'image': image, 'index': i, 'name': f'phantom {index}', 'bad': False}
+    return {'image': image, 'index': i, 'group': i, 'name': f'phantom {index}', 'bad': False}
 
 
 @functools.lru_cache(maxsize=4)    # evaluation asks for the CT and the X-ray of a phantom in turn
@@ -151,7 +154,11 @@ class _Folder:
         continue
       self.parts += [(len(self.files), part) for part in parts]
       self.files.append(path)
-      warned.update(w.split()[1] for w in warnings)
+      for warning in warnings:
+        code = warning.split()[1]
+        warned[code] += 1
+        if warned[code] <= SHOWN:
+          files.say(warning)
     count = lambda c: ', '.join(f'{n} {code}' for code, n in sorted(c.items()))
     files.say(f'{self.leaf}: {len(found.files)} files, {len(self.files)} usable, {len(self.parts)} records'
         + (f'; refused: {count(refused)}' if refused else '') + (f'; warnings: {count(warned)}' if warned else '')
@@ -171,7 +178,7 @@ class _Folder:
       if file not in self.failed:
         try:
           record = self.record(self.cache.get(path, lambda p=path: self.decode(p)), path, part)
-          return record | {'index': i, 'bad': shift > 0}
+          return record | {'index': i, 'group': file, 'bad': shift > 0}
         except DataError as e:
           if self.failed.setdefault(file, e) is e and self.on_bad_file == 'skip':
             files.warn(e, 'replaced by the next good record')

@@ -135,7 +135,8 @@ class _Views(grain.transforms.RandomMap):
   def random_map(self, record, rng: np.random.Generator):
     key = rng.integers(0, 2**32, 2, np.uint32)
     return views(self.name, record, self.config, rng) | {
-        'id': np.int32(record['index']), 'rng': key, 'bad': np.bool_(record['bad'])}
+        'id': np.int32(record['index']), 'group': np.int32(record.get('group', record['index'])), 'rng': key,
+        'bad': np.bool_(record['bad'])}
 
 
 def _parse_flags() -> None:

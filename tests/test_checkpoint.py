@@ -52,8 +52,12 @@ def test_damage_falls_back_with_one_warning_and_deletes_nothing(saved, template,
   assert int(got['step']) == 2 and meta['positions'] == {'ct': 16}
   lines = [r.getMessage() for r in caplog.records if 'unreadable' in r.getMessage()]
   assert len(lines) == 1 and 'checkpoint 3' in lines[0] and 'continuing from 2' in lines[0]
-  assert (saved / 'checkpoints' / '3').exists()
+  assert (saved / 'damaged' / '3-0' / 'state').is_dir()
+  c.save(3, state(7), {'positions': {'ct': 24}})      # the step can be saved again
   c.close()
+  again = checkpoint.Checkpoints(saved, keep=2)
+  assert int(again.restore(template)[0]['step']) == 7
+  again.close()
 
 
 def test_strict_refuses_and_nothing_readable_is_an_error(saved, template):
@@ -64,6 +68,16 @@ def test_strict_refuses_and_nothing_readable_is_an_error(saved, template):
   damage(saved, 2)
   with pytest.raises(checkpoint.CheckpointError, match='checkpoints/2 unreadable'):
     c.restore(template)
+  c.close()
+
+
+def test_another_model_is_refused_and_nothing_is_moved(saved):
+  abstract = jax.eval_shape(lambda: {'kernel': jnp.zeros((4, 256)), 'step': jnp.int32(0)})
+  other = checkpoint.template(abstract, sharding.shardings(abstract, sharding.make_mesh(-1, 1)))
+  c = checkpoint.Checkpoints(saved, keep=2)
+  with pytest.raises(checkpoint.CheckpointError, match='holds tensors of other names or shapes .* FIX'):
+    c.restore(other)
+  assert c.steps() == [2, 3]
   c.close()
 
 

@@ -4,41 +4,48 @@ import time
 import numpy as np
 
 
+class Window:
+  """What happened since a phase was last reported."""
+
+  def __init__(self):
+    self.seconds, self.wait, self.rows = 0., 0., {}
+
+
 class Progress:
-  """Counts rows and seconds between two lines. Not part of the state: rates are not reproducible."""
+  """Rows, seconds and waiting of the steps; evaluation, pictures and saves do not count.
+
+  Not part of the state: rates are not reproducible.
+  """
 
   def __init__(self, plan: np.ndarray, names: tuple[str, ...]):
     """plan: phase index of every step of the run, names: what the indices stand for."""
     self.plan, self.names = plan, names
-    self.seconds = dict.fromkeys(names, 0.)     # per phase, over the last window with that phase
-    self.start = self.began = time.monotonic()
-    self.reset()
+    self.windows = {n: Window() for n in names}
+    self.step_seconds = {}     # phase -> running mean, without the first step (compiling, cold caches)
+    self.seen = set()
 
-  def reset(self):
-    self.start, self.wait, self.rows = time.monotonic(), 0., {}
-    self.spent = {n: [0., 0] for n in self.names}
+  def add(self, phase: str, rows: dict[str, int], wait: float, seconds: float) -> None:
+    """One finished step; `seconds` with the waiting."""
+    for w in self.windows.values():
+      w.seconds += seconds
+      w.wait += wait
+      for stream, n in rows.items():
+        w.rows[stream] = w.rows.get(stream, 0) + n
+    if phase in self.seen:
+      self.step_seconds[phase] = .9 * self.step_seconds.get(phase, seconds) + .1 * seconds
+    self.seen.add(phase)
 
-  def add(self, phase: str, rows: dict[str, int], wait: float, seconds: float):
-    for stream, n in rows.items():
-      self.rows[stream] = self.rows.get(stream, 0) + n
-    self.wait += wait
-    self.spent[phase][0] += seconds
-    self.spent[phase][1] += 1
-
-  def scalars(self) -> dict[str, float]:
-    """perf/* and data/wait_frac since the last call."""
-    elapsed = max(time.monotonic() - self.start, 1e-9)
-    out = {f'perf/{s}_per_s': n / elapsed for s, n in self.rows.items()}
-    out['data/wait_frac'] = min(self.wait / elapsed, 1.)
-    for n, (seconds, steps) in self.spent.items():
-      if steps:
-        self.seconds[n] = seconds / steps
-    self.reset()
-    return out
+  def scalars(self, phase: str) -> dict[str, float]:
+    """perf/* and data/wait_frac since the last call for this phase."""
+    w, self.windows[phase] = self.windows[phase], Window()
+    seconds = max(w.seconds, 1e-9)
+    return {f'perf/{s}_per_s': n / seconds for s, n in w.rows.items()} | {'data/wait_frac': w.wait / seconds}
 
   def left(self, step: int) -> str:
-    rest = self.plan[step:]
-    return clock(sum(self.seconds[n] * int((rest == i).sum()) for i, n in enumerate(self.names)))
+    rest = {n: int((self.plan[step:] == i).sum()) for i, n in enumerate(self.names)}
+    if any(n and name not in self.step_seconds for name, n in rest.items()):
+      return '?'
+    return clock(sum(n * self.step_seconds.get(name, 0.) for name, n in rest.items()))
 
   def line(self, step: int, phase: str, metrics: dict, perf: dict) -> str:
     parts = ' '.join(f'{k[6:].removesuffix("_loss")} {v:.3f}' for k, v in metrics.items()
@@ -52,3 +59,14 @@ def clock(seconds: float) -> str:
   m, s = divmod(int(seconds + 0.5), 60)
   h, m = divmod(m, 60)
   return f'{h}:{m:02}:{s:02}' if h else f'{m}:{s:02}'
+
+
+class Stopwatch:
+  """`with Stopwatch() as w:` then w.seconds."""
+
+  def __enter__(self):
+    self._began = time.monotonic()
+    return self
+
+  def __exit__(self, *_):
+    self.seconds = time.monotonic() - self._began

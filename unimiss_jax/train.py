@@ -1,13 +1,12 @@
 """The loop: pre-training of any method. It knows no method by name.
 
-Order in a step: dispatch it, remember the stream positions, draw the next batch while the device
+Order in a step: remember the stream positions, dispatch the step, draw the next batch while the device
 works, wait, log, evaluate, save. A checkpoint holds the state after step n and the positions after
 the batch of step n, so a resumed run takes the same batches and draws the same random numbers.
 """
-import json
+import contextlib
 import logging
 import signal
-import time
 from concurrent import futures
 
 import jax
@@ -18,11 +17,11 @@ from data_pipelines import evalset, streams
 from unimiss_jax import checkpoint, optim, sharding, step, validate, workdir
 from unimiss_jax.evals import online
 from unimiss_jax.methods import base
-from unimiss_jax.progress import Progress, clock
+from unimiss_jax.progress import Progress, Stopwatch, clock
 from unimiss_jax.report import sheets, summary
 from unimiss_jax.state import own, parameters
 from unimiss_jax.watchdog import Watchdog
-from unimiss_jax.writers import Writer
+from unimiss_jax.writers import EVAL, Writer
 
 EVAL_ROWS = 50      # samples per call of the embedding, chosen by us
 
@@ -48,22 +47,21 @@ def train_and_evaluate(config, folder: str, resume: str = 'auto', preempt_exit_c
   """
   validate.validate(config)
   validate.check_devices(config, jax.device_count())
+  workdir.claim(folder, config, resume)
   stop = StopSignal()
-  known = workdir.claim(folder, config, resume)
   handler = workdir.log_to(folder)
+  run = None
   try:
-    done = epath.Path(folder) / 'DONE'
-    if known and done.exists() and json.loads(done.read_text()) == workdir.config_hash(config):
+    if workdir.finished(folder, config):
       logging.info('%s is complete (file DONE); nothing to do', folder)
       return 0
+    run = Run(config, folder, resume)
     with Watchdog(config.log.watchdog_min) as watchdog:
-      run = Run(config, folder, resume)
-      try:
-        return run.train(stop, watchdog, preempt_exit_code)
-      finally:
-        run.close()
+      return run.train(stop, watchdog, preempt_exit_code)
   finally:
     stop.restore()
+    if run:
+      run.close()
     logging.getLogger().removeHandler(handler)
     handler.close()
 
@@ -89,10 +87,10 @@ class Run:
   def __init__(self, config, folder, resume):
     self.config, self.folder = config, folder
     self.main = jax.process_index() == 0
-    self.writer = None
+    self.writer = self.evalset = None
     self.mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp)
     self.streams = streams.build(config, validate.streams(config), jax.process_index(), jax.process_count())
-    self.method = base.make(config, {n: (s.records, s.spec) for n, s in self.streams.items()})
+    self.method = validate.made(base.make, config, {n: (s.records, s.spec) for n, s in self.streams.items()})
     validate.check_method(config, self.method)
     self.total = self.method.total_steps
     self.optimiser = optim.adamw(self.method.groups, clip=config.optim.clip, clip_mode=config.optim.clip_mode)
@@ -110,7 +108,7 @@ class Run:
       state, meta = restored
       self.state = own(state)
       for name, stream in self.streams.items():
-        stream.seek(meta['positions'][name])
+        stream.seek(meta['positions'].get(name, 0))      # --resume=force may have turned a stream on
       logging.info('resumed step %d | data index %s', int(self.state.step),
                    ', '.join(f'{n} {p}' for n, p in meta['positions'].items()))
     pool = futures.ThreadPoolExecutor(len(self.method.phases))      # compiles while phantoms are drawn and evaluated
@@ -136,50 +134,48 @@ class Run:
     start = int(self.state.step)
     if self.main:
       self.writer = Writer(self.folder, start, config.log.tensorboard)
-    self.describe()
+      self.describe()
+      self.evalset = evalset.build(config) if config.eval.tasks else None
+      self.preview = evalset.preview(config, self.streams)
     plan = [self.method.schedule(i)[0] for i in range(total)]
     names = tuple(self.method.phases)
-    progress = Progress(np.array([names.index(p) for p in plan]), names)
+    progress = Progress(np.array([names.index(p) for p in plan], int), names)
     logged = logged_steps(plan, config.log.every)
-    self.evalset = evalset.build(config) if config.eval.tasks and self.main else None
-    self.preview = evalset.preview(config, self.streams) if self.main else None
     if start == 0:
       self.evaluate(0)
-    chance_said = set()
+    steps = {n: s.result() for n, s in self.steps.items()}
+    fetcher = futures.ThreadPoolExecutor(1)     # draws the next batch while the device works
     batch = self.take(plan[start]) if start < total else None
     for i in range(start, total):
-      began = time.monotonic()
-      name = plan[i]
-      self.state, metrics = self.steps[name].result()(self.state, sharding.to_devices(batch, self.mesh))
+      name, after = plan[i], i + 1
       positions = {n: s.position() for n, s in self.streams.items()}
-      fetching = time.monotonic()
-      batch = self.take(plan[i + 1]) if i + 1 < total else None
-      # Time spent fetching counts as waiting only if the device had nothing left to do by then.
-      wait = time.monotonic() - fetching if metrics['train/loss'].is_ready() else 0.
-      jax.block_until_ready(metrics)
+      with Stopwatch() as whole:
+        self.state, metrics = steps[name](self.state, sharding.to_devices(batch, self.mesh))
+        fetched = fetcher.submit(self.take, plan[after]) if after < total else None
+        jax.block_until_ready(metrics)
+        with Stopwatch() as waiting:
+          batch = fetched.result() if fetched else None
       watchdog.alive()
-      progress.add(name, self.method.phases[name].streams, wait, time.monotonic() - began)
-      after = i + 1
-      if i in logged or after == total:
+      progress.add(name, self.method.phases[name].streams, waiting.seconds, whole.seconds)
+      skipped, last, asked = int(metrics['train/skipped']), after == total, stop.received
+      if skipped or last or i in logged:
         self.log(i, name, metrics, progress)
-      if int(metrics['train/skipped']):
+      if skipped:
         self.skipped(i, name, metrics)
-      if name not in chance_said and self.main:
-        chance_said.add(name)
-        logging.info('chance level of %s: %s', name, ', '.join(
-            f'{k[6:]} {v:.3f}' for k, v in self.method.phases[name].chance.items()) or 'none')
-      last = after == total
       if last or config.eval.every and after % config.eval.every == 0:
         self.evaluate(after)
       if last or config.log.images_every and after % config.log.images_every == 0:
         self.pictures(after)
-      if last or stop.received or after % config.checkpoint.every == 0:
+      if last or asked or after % config.checkpoint.every == 0:
         self.save(after, positions)
-      if stop.received and not last:
-        return self.leave(after, stop.received, preempt_exit_code)
+      if asked and not last:
+        self.checkpoints.wait()
+        logging.info('%s: saved step %d; the same command continues from there', asked, after)
+        return preempt_exit_code
+      watchdog.alive()
     self.checkpoints.wait()
     if self.main:
-      (epath.Path(self.folder) / 'DONE').write_text(json.dumps(workdir.config_hash(config)))
+      workdir.finish(self.folder, config)
       tests = int((~self.evalset.fit['ct']).sum()) if self.evalset and 'ct' in self.evalset.fit else 0
       summary.show(self.folder, self.method, tests)
     return 0
@@ -189,16 +185,19 @@ class Run:
 
   def describe(self):
     lr, _ = step.schedules(self.config, self.method)
+    levels = {f'{n} {k[6:]} {v:.3f}' for n, p in self.method.phases.items() for k, v in p.chance.items()}
     logging.info('%s, preset %s | %.2f M parameters | %d steps, %d an epoch | %s | mesh %s | learning rate %.2e',
                  self.config.method, self.config.preset, parameters(self.state.params) / 1e6, self.total,
                  self.method.steps_per_epoch,
                  ', '.join(f'{s.records} {n} records' for n, s in self.streams.items()),
                  dict(self.mesh.shape), max(float(lr(i)) for i in range(0, self.total, max(self.total // 1000, 1))))
+    if levels:
+      logging.info('chance level: %s', ', '.join(sorted(levels)))
 
   def log(self, i, phase, metrics, progress):
     """One row of metrics.jsonl and one line: the values of step i, rates since the last line."""
     values = {k: float(v) for k, v in jax.device_get(metrics).items() if k != 'train/skipped_in_a_row'}
-    perf = progress.scalars()
+    perf = progress.scalars(phase)
     if self.main:
       self.writer.write_scalars(i, values | perf, phase)
       logging.info(progress.line(i + 1, phase, values, perf))
@@ -215,15 +214,15 @@ class Run:
   def evaluate(self, at: int):
     if not self.evalset:
       return
-    began = time.monotonic()
-    features = {k: self.embed(k, x) for k, x in self.evalset.views.items()}
-    values = online.run(features, self.evalset, self.config.eval.tasks)
+    with Stopwatch() as watch:
+      features = {k: self.embed(k, x) for k, x in self.evalset.views.items()}
+      values = online.run(features, self.evalset, self.config.eval.tasks)
     values = {k: v for k, v in values.items() if np.isfinite(v)}
     if at == 0:
-      values |= online.control(self.evalset, self.config.eval.tasks)
-    self.writer.write_scalars(at, values, 'eval')
+      values |= online.control(self.evalset, self.config.eval.tasks, self.config.drr.view)
+    self.writer.write_scalars(at, values, EVAL)
     short = {k: v for k, v in values.items() if k.count('/') == 1}
-    logging.info('eval step %d on %s (%s): %s', at, self.evalset.name, clock(time.monotonic() - began),
+    logging.info('eval step %d on %s (%s): %s', at, self.evalset.name, clock(watch.seconds),
                  ', '.join(f'{k[5:]} {v:.3f}' for k, v in short.items()))
 
   def embed(self, name, x):
@@ -252,18 +251,14 @@ class Run:
         'format': 1, 'positions': positions, 'config_hash': workdir.config_hash(self.config),
         'versions': workdir.versions()})
 
-  def leave(self, at: int, why: str, code: int) -> int:
-    self.checkpoints.wait()
-    logging.info('%s: saved step %d; the same command continues from there', why, at)
-    return code
-
   def close(self):
-    """Ends threads; what was being saved is saved."""
-    self.checkpoints.close()
-    for stream in self.streams.values():
-      stream.close()
-    if self.writer:
-      self.writer.close()
+    """Ends threads; what was being saved is saved, whatever else went wrong."""
+    with contextlib.ExitStack() as stack:
+      stack.callback(self.checkpoints.close)
+      for stream in self.streams.values():
+        stack.callback(stream.close)
+      if self.writer:
+        stack.callback(self.writer.close)
 
 
 def logged_steps(plan, every: int) -> set[int]:

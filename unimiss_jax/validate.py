@@ -2,6 +2,10 @@
 import importlib.util
 import math
 
+import jax
+
+from unimiss_jax import models
+
 
 class ConfigError(ValueError):
   """A leaf that cannot work, in one line."""
@@ -31,6 +35,10 @@ CHOICES = {
     'loss.slice_intensity': ('raw', 'minmax'),
 }
 STREAMS = ('ct', 'xray')
+TASKS = ('knn', 'retrieval')
+MOST_PHANTOMS = 1_000_000     # of the range that is kept for development
+PAIRS = ('precrop', 'scale', 'noise_std', 'blur_sigma', 'blur_p', 'blur_unit_p', 'mul', 'mul_p', 'add_p', 'add_unit_p',
+         'contrast_p', 'gamma', 'gamma_p', 'ratio')
 
 
 def leaf(config, path: str):
@@ -59,46 +67,71 @@ def validate(config) -> None:
     raise ConfigError('phases.ct and phases.xray are both 0: nothing to train on')
   if config.phases.unit == 'joint' and len(streams(config)) < 2:
     raise ConfigError('phases.unit=joint needs phases.ct and phases.xray > 0')
-  for s in streams(config):
-    if config.batch[s] < 1:
+  for s in STREAMS:
+    if config.phases[s] < 0:
+      raise ConfigError(f'phases.{s}={config.phases[s]}: must be at least 0')
+    if config.phases[s] and config.batch[s] < 1:
       raise ConfigError(f'batch.{s}={config.batch[s]}: must be at least 1, or set phases.{s}=0')
   for path in ('checkpoint.every', 'checkpoint.keep', 'log.every', 'optim.accum', 'optim.max_skipped',
                'data.phantom_records', 'loss.slices'):
     if leaf(config, path) < 1:
       raise ConfigError(f'{path}={leaf(config, path)}: must be at least 1')
+  for path in ('log.watchdog_min', 'log.images_every', 'eval.every', 'data.workers', 'optim.clip',
+               'optim.warmup_epochs'):
+    if leaf(config, path) < 0:
+      raise ConfigError(f'{path}={leaf(config, path)}: must be at least 0')
+  if unknown := set(config.eval.tasks) - set(TASKS):
+    raise ConfigError(f'eval.tasks: "{min(unknown)}" unknown: use some of {", ".join(TASKS)}')
+  if config.eval.records > MOST_PHANTOMS:
+    raise ConfigError(f'eval.records={config.eval.records}: at most {MOST_PHANTOMS}')
+  for section in ('ct', 'xray', 'drr'):
+    for name in set(PAIRS) & set(config.views[section]):
+      if len(config.views[section][name]) != 2:
+        raise ConfigError(f'views.{section}.{name}={tuple(config.views[section][name])}: needs two numbers')
   if not 0 < config.eval.fit < config.eval.records:
     raise ConfigError(f'eval.fit={config.eval.fit}: must lie between 0 and eval.records={config.eval.records}')
   _model(config)
 
 
 def _model(config) -> None:
-  m, loss = config.model, config.loss
-  n = len(m.depths)
-  for name in ('num_heads', 'sr_ratios'):
+  """Lengths and divisibility of the architecture; sizes of all inputs by the model's own rule."""
+  m, stages, decoder = config.model, len(config.model.depths), len(config.model.decoder_depths)
+  for name, n, like in (('embed_dims', stages + 2, 'depths, and two for the stem'), ('num_heads', stages, 'depths'),
+                        ('sr_ratios', stages, 'depths'), ('decoder_heads', decoder, 'decoder_depths'),
+                        ('decoder_dims', decoder + 2, 'decoder_depths, and two'), ('volume_size', 3, 'D, H, W'),
+                        ('decoder_sr_ratios', decoder, 'decoder_depths')):
     if len(m[name]) != n:
-      raise ConfigError(f'model.{name}={tuple(m[name])}: needs {n} numbers, one per stage as model.depths')
-  for name in ('decoder_heads', 'decoder_sr_ratios'):
-    if len(m[name]) != len(m.decoder_depths):
-      raise ConfigError(f'model.{name}={tuple(m[name])}: needs {len(m.decoder_depths)} numbers as model.decoder_depths')
-  step = 16 * m.last_stride
-  two_d = [('views.xray.size', config.views.xray.size), ('views.drr.size', config.views.drr.size)]
-  for path, size in two_d:
-    check_size(path, size, step, 64)
-  d, h, w = config.views.ct.size
-  check_size('views.ct.size depth', d, 4, 16)
-  for side in (h, w):
-    check_size('views.ct.size', side, step, step)
-    if config.phases.ct and loss.slice:
-      check_size('views.ct.size (its slices enter the 2D branch: loss.slice > 0)', side, step, 64)
-  check_size('model.image_size', m.image_size, step, 64)
+      raise ConfigError(f'model.{name}={tuple(m[name])}: needs {n} numbers, as model.{like}')
+  if stages != 4 or decoder != 3:
+    raise ConfigError(f'model.depths={tuple(m.depths)}, model.decoder_depths={tuple(m.decoder_depths)}: '
+                      'the pyramid has 4 stages and 3 on the way back')
+  for dims, heads in (('embed_dims', 'num_heads'), ('decoder_dims', 'decoder_heads')):
+    for d, n in zip(m[dims][2:] if dims == 'embed_dims' else m[dims], m[heads]):
+      if d % n:
+        raise ConfigError(f'model.{heads}={tuple(m[heads])}: {n} heads do not divide the width {d} of model.{dims}')
+  if m.dtype == 'float64' and not jax.config.jax_enable_x64:
+    raise ConfigError('model.dtype="float64" needs the environment variable JAX_ENABLE_X64=1')
+  if len(config.views.ct.size) != 3:
+    raise ConfigError(f'views.ct.size={tuple(config.views.ct.size)}: needs 3 numbers, D, H, W')
+  model = made(models.build, m)
+  sizes = {'model.image_size': (m.image_size,) * 2, 'model.volume_size': m.volume_size,
+           'views.ct.size': config.views.ct.size, 'views.drr.size': (config.views.drr.size,) * 2,
+           'views.xray.size': (config.views.xray.size,) * 2}
+  if config.phases.ct and config.loss.slice:
+    sizes['views.ct.size (its slices enter the 2D branch, loss.slice > 0)'] = config.views.ct.size[1:]
+  for path, size in sizes.items():
+    try:
+      model.check(size, model.in_channels[len(size) - 2])
+    except ValueError as e:
+      raise ConfigError(f'{path}: {e}') from e
 
 
-def check_size(path, size, multiple, least) -> None:
-  """Sizes that the pyramid can halve."""
-  if size % multiple or size < least:
-    near = max(least, round(size / multiple) * multiple)
-    raise ConfigError(f'{path}={size} invalid: must be a multiple of {multiple}, at least {least}; '
-                      f'nearest valid {near}')
+def made(make, *args):
+  """make(*args), a ValueError of which is the config's fault."""
+  try:
+    return make(*args)
+  except ValueError as e:
+    raise ConfigError(str(e)) from e
 
 
 def check_devices(config, devices: int) -> None:

@@ -41,8 +41,8 @@ def versions() -> dict[str, str]:
   return {p: importlib.metadata.version(p) for p in PACKAGES}
 
 
-def claim(workdir, config, resume: str) -> bool:
-  """Makes the folder this run's; True if it held this run already.
+def claim(workdir, config, resume: str) -> None:
+  """Makes the folder this run's.
 
   Raises:
     ConfigError: the folder holds a run with another config (unless resume='force').
@@ -50,8 +50,7 @@ def claim(workdir, config, resume: str) -> bool:
   folder = epath.Path(workdir)
   file = folder / 'config.json'
   mine = flat(config.to_dict())
-  known = False
-  if file.exists():
+  if file.exists() and _began(folder):
     theirs = binding(flat(json.loads(file.read_text())))
     ours = binding(mine)
     changed = [f'{k} {theirs.get(k, "(absent)")} -> {ours.get(k, "(absent)")}'
@@ -59,13 +58,27 @@ def claim(workdir, config, resume: str) -> bool:
     if changed and resume != 'force':
       raise ConfigError(f'workdir {workdir} holds a run with another config: {"; ".join(changed)}. '
                         'FIX: use a new --workdir, or --resume=force to go on with the new config')
-    known = True
   if jax.process_index() == 0:
     folder.mkdir(parents=True, exist_ok=True)
     (folder / 'logs').mkdir(exist_ok=True)
     file.write_text(json.dumps(config.to_dict(), indent=1, sort_keys=True, default=str))
     (folder / 'env.json').write_text(json.dumps(environment(), indent=1))
-  return known
+
+
+def _began(folder) -> bool:
+  """Whether a run got as far as its first number; a folder of a failed start may be taken with another config."""
+  metrics, saved = folder / 'metrics.jsonl', folder / 'checkpoints'
+  return metrics.exists() and bool(metrics.read_text().strip()) or saved.exists() and any(saved.iterdir())
+
+
+def finished(workdir, config) -> bool:
+  """Whether the folder holds this very run, complete."""
+  done = epath.Path(workdir) / 'DONE'
+  return done.exists() and json.loads(done.read_text()) == config_hash(config)
+
+
+def finish(workdir, config) -> None:
+  (epath.Path(workdir) / 'DONE').write_text(json.dumps(config_hash(config)))
 
 
 def environment() -> dict:

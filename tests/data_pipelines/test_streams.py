@@ -49,7 +49,7 @@ def test_batches_have_the_shapes_of_the_spec(config):
     stream = built[name]
     assert stream.records == len(stream.source) == FILES
     expected = {k: (v, np.float32) for k, v in views.items()}
-    expected |= {'id': ((), np.int32), 'rng': ((2,), np.uint32), 'bad': ((), np.bool_)}
+    expected |= {'id': ((), np.int32), 'group': ((), np.int32), 'rng': ((2,), np.uint32), 'bad': ((), np.bool_)}
     assert stream.spec == {k: (s, np.dtype(t)) for k, (s, t) in expected.items()}
     batch = stream.next()
     assert {k: (v.shape, v.dtype) for k, v in batch.items()} == {k: ((4, *s), t) for k, (s, t) in stream.spec.items()}

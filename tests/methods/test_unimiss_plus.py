@@ -16,7 +16,8 @@ DISTIL_ONLY = {'loss.nce': 0., 'loss.pair_nce': 0.}
 
 def rows(n, seed=0, ct=False):
   r = np.random.default_rng(seed)
-  out = {'id': np.arange(n, dtype=np.int32), 'rng': r.integers(0, 2 ** 32, (n, 2), np.uint32), 'bad': np.zeros(n, bool)}
+  out = {'id': np.arange(n, dtype=np.int32), 'group': np.arange(n, dtype=np.int32),
+         'rng': r.integers(0, 2 ** 32, (n, 2), np.uint32), 'bad': np.zeros(n, bool)}
   if ct:
     return {'ct': out | {'ct': r.normal(size=(n, 2, 16, 64, 64, 1)).astype(np.float32),
                          'drr': r.random((n, 2, 64, 64, 3)).astype(np.float32)}}

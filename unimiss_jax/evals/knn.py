@@ -36,9 +36,12 @@ def knn_auc(features, labels, fit_mask, k: int = 20) -> dict[str, float]:
   """AUROC of every label on the part that is not `fit_mask`.
 
   Args:
-    features: [N, ...], flattened per sample. labels: {name: [N] 0/1}. fit_mask: [N] bool.
+    features: [N, ...], flattened per sample. labels: {name: [N] 0/1, NaN = not known}. fit_mask: [N] bool.
   """
   x = np.asarray(features).reshape(len(features), -1)
-  y = np.stack([np.asarray(v) for v in labels.values()], 1)
-  s = scores(x[fit_mask], y[fit_mask], x[~fit_mask], k)
-  return {name: auroc(s[:, i], y[~fit_mask, i]) for i, name in enumerate(labels)}
+  out = {}
+  for name, y in labels.items():
+    y = np.asarray(y, float)
+    fit, test = fit_mask & np.isfinite(y), ~fit_mask & np.isfinite(y)
+    out[name] = auroc(scores(x[fit], y[fit, None], x[test], k)[:, 0], y[test]) if fit.any() and test.any() else np.nan
+  return out

@@ -21,14 +21,29 @@ def run(features: dict, evalset, tasks) -> dict[str, float]:
     for query in ('drr', 'xray'):
       if query in features and (query == 'drr' or evalset.paired):
         test = ~evalset.fit['ct']
-        out[f'eval/{query}_to_ct_r10'] = recall(features[query][test], features['ct'][test], 10)
+        if test.sum() > 10:
+          out[f'eval/{query}_to_ct_r10'] = recall(features[query][test], features['ct'][test], 10)
   return out
 
 
-def raw_pixels(evalset) -> dict:
-  """Down-sampled pixels as features: CT 8x8x8, images 16x16."""
-  return {name: pooled(x[:, 0, ..., 0], (8, 8, 8) if name == 'ct' else (16, 16))
-          for name, x in evalset.views.items()}
+def control(evalset, tasks, view: str) -> dict[str, float]:
+  """The same scores from raw down-sampled pixels, as 'eval/raw_...': what a feature has to beat.
+
+  kNN: CT 8x8x8, images 16x16. Retrieval: the mean of the CT along the direction of the DRR against the image, 16x16.
+  """
+  pixels = {name: x[:, 0, ..., 0] for name, x in evalset.views.items()}
+  knn = {n: pooled(x, (8, 8, 8) if n == 'ct' else (16, 16)) for n, x in pixels.items()}
+  values = run(knn, evalset, [t for t in tasks if t == 'knn'])
+  if 'ct' in pixels:
+    flat = {n: pooled(shadow(x, view) if n == 'ct' else x, (16, 16)) for n, x in pixels.items()}
+    values |= run(flat, evalset, [t for t in tasks if t == 'retrieval'])
+  return {k.replace('eval/', 'eval/raw_', 1): v for k, v in values.items()}
+
+
+def shadow(ct, view: str):
+  """[N, D, H, W] = [S, A, R] -> [N, h, w]: means along the rays of a DRR view, displayed as it is."""
+  axis = {'axial': 1, 'lateral': 3}.get(view, 2)
+  return ct.mean(axis)[:, ::-1, ::-1]
 
 
 def pooled(x, shape):
@@ -38,9 +53,3 @@ def pooled(x, shape):
     counts = np.diff(edges).reshape([-1 if a == axis else 1 for a in range(x.ndim)])
     x = np.add.reduceat(x, edges[:-1], axis) / counts
   return x.reshape(len(x), -1)
-
-
-def control(evalset, tasks) -> dict[str, float]:
-  """The same scores from raw pixels, as 'eval/raw_...'; across modalities pixels cannot be compared."""
-  values = run(raw_pixels(evalset), evalset, [t for t in tasks if t == 'knn'])
-  return {k.replace('eval/', 'eval/raw_', 1): v for k, v in values.items()}

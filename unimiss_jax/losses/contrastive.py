@@ -13,20 +13,25 @@ def standardize(z, eps: float = 1e-8):
   return z * jax.lax.rsqrt((z * z).mean(0) + eps)
 
 
-def nt_xent(z, temperature: float):
+def nt_xent(z, temperature: float, group=None):
   """NT-Xent: every view must find the other view of its instance among the 2B - 1 others.
 
   Args:
     z: [2, B, D], L2-normalised here.
     temperature: divides the cosines.
+    group: [B] integers; other instances of the same group (overlapping tiles of one scan) are no candidates.
 
   Returns:
-    Mean over the 2B views; ln(2B - 1) for a model that tells nothing apart.
+    Mean over the 2B views; ln(2B - 1) for a model that tells nothing apart, where all groups differ.
   """
   z = _unit(z.reshape(-1, z.shape[-1]))
   n = len(z)
-  scores = jnp.where(jnp.eye(n, dtype=bool), -jnp.inf, z @ z.T / temperature)
   positive = jnp.roll(jnp.arange(n), n // 2)
+  hidden = jnp.eye(n, dtype=bool)
+  if group is not None:
+    same = jnp.tile(group, 2)[:, None] == jnp.tile(group, 2)
+    hidden |= same & (positive[:, None] != jnp.arange(n))
+  scores = jnp.where(hidden, -jnp.inf, z @ z.T / temperature)
   return -jax.nn.log_softmax(scores)[jnp.arange(n), positive].mean()
 
 

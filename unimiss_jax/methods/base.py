@@ -18,7 +18,6 @@ class Phase(NamedTuple):
   update: Callable               # (group, step) -> SKIP | ZERO | TRAIN, traceable
   chance: Mapping[str, float]    # metric name -> its value for a model that knows nothing
   couples_samples: bool = False  # a loss over pairs of samples: refuses optim.accum > 1
-  fresh_optimiser: bool = False
 
 
 class Method(NamedTuple):
@@ -31,7 +30,6 @@ class Method(NamedTuple):
   predict: Mapping[str, Callable]   # 'embed', ...: (weights, extra, batch) -> arrays
   total_steps: int
   steps_per_epoch: int
-  between: Callable | None = None   # (state, step, read, boundary) -> state
 
 
 def make(config, data) -> Method:
