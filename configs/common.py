@@ -38,7 +38,7 @@ def base() -> ConfigDict:
           scale=(0.8, 1.2),       # crop factor per axis (extent=output: in-plane only)
           resize='linear',        # linear (half-pixel, no antialias) | area (exact box mean)
           pad_hu=-1024,           # fill of volumes that are too small; 0 (= water) in the released code
-          pad_to=(0, 0),          # extent=output: in-plane size that smaller volumes are padded to; then they are cropped
+          pad_to=(0, 0),          # extent=output: in-plane size that smaller volumes are padded to before the crop
           flip_p=0.8,             # per axis D, H, W
           aug_unit='slice',       # slice | volume: what shares one intensity draw
           gamma_stats='fixed',    # fixed | bg0197: order in which gamma restores mean and std
