@@ -144,7 +144,7 @@ def test_a_bad_record_is_replaced_and_the_position_stays_exact(config, tmp_path,
   assert sum(b['bad'].sum() for b in batches + live) >= 4
   if not workers:    # a worker process speaks for itself, and there may be a new one after seek
     said = capfd.readouterr().err
-    assert said.count('WARN') == said.count('5.nii: not a NIfTI') + said.count('6.nii: FileNotFoundError') == 2
+    assert said.count('replaced by') == said.count('5.nii: not a NIfTI') + said.count('6.nii: FileNotFoundError') == 2
   stream.seek(position)
   assert_same(take(stream, 4), live)
   stream.close()

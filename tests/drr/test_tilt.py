@@ -55,6 +55,21 @@ def test_angles(fixtures, name):
     np.testing.assert_allclose(np.array(vector) * (1, -1, -1), expected, atol=1e-9)
 
 
+@pytest.mark.parametrize('view', geometry.VIEWS)
+def test_a_tilted_view_keeps_its_subject(view):
+  """The ray to the centre of the film passes through the centre of the window, as far from the source as ever."""
+  window = (view, (30., -50.), (1.5, -1.2), (7, 9))
+  flat, tilted = (geometry.camera(*window, tilt_deg=tilt) for tilt in ((0, 0, 0), (11., -23., 40.)))
+  centers = [np.add(f.origin_mm, 3 * np.array(f.row_step_mm) + 4 * np.array(f.col_step_mm)) for _, f in (flat, tilted)]
+  march, *displayed = geometry.VIEWS[view].axes
+  subject = np.zeros(3)
+  subject[displayed] = -30., 50.
+  for (source, _), center in zip((flat, tilted), centers):
+    np.testing.assert_allclose(np.array(source) + .9 * (center - source), subject, atol=1e-9)
+  assert np.linalg.norm(subject - tilted[0]) == pytest.approx(np.linalg.norm(subject - flat[0]))
+  assert abs(tilted[0][march]) < .9 * abs(flat[0][march])
+
+
 @pytest.mark.parametrize('start, tilt, end, shown', [
     ('axial', (0, 90, 0), 'ap', np.array), ('ap', (0, -90, 0), 'axial', np.array),
     ('pa', (90, 0, 0), 'lateral', np.array), ('lateral', (90, 0, 0), 'ap', np.fliplr),
@@ -151,7 +166,19 @@ def test_training_views_are_tilted():
   for v, image in enumerate(images):
     window = [params['drr'][name][v] for name in ('center_mm', 'pitch_mm', 'tilt_deg')]
     camera = geometry.camera('axial', *window[:2], (24, 24), tilt_deg=window[2])
-    expected = project((hu + 1000.) * 2e-5, spacing, *camera) / p_ref
+    expected = project((hu + 1000.) * 2e-5, spacing, *camera) / p_ref    # wherever the film is
     np.testing.assert_allclose(image, expected.clip(0, 1), atol=1e-5)
     flat = project((hu + 1000.) * 2e-5, spacing, *geometry.camera('axial', *window[:2], (24, 24))) / p_ref
     assert error(flat, expected) > .02
+
+
+@pytest.mark.parametrize('view', geometry.VIEWS)
+def test_no_tilted_view_is_beside_the_volume(view):
+  """Thin strips and wide volumes included."""
+  config = base()
+  config.views.ct.size, config.views.drr.size, config.drr.view, config.drr.tilt_deg = (8, 16, 16), 8, view, 30.
+  shape, spacing = (12, 16, 20), (2., 30., 20.)
+  record = dict(volume=np.full(shape, 500, np.int16), spacing_mm=spacing)
+  for seed in range(60):
+    params = draw.ct_pair(np.random.default_rng(seed), config, shape, spacing)
+    assert sample.ct_sample(record, params, config)['drr'].any((1, 2, 3)).all()

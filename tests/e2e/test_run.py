@@ -54,7 +54,7 @@ def test_stopped_by_a_signal_and_continued_equals_undisturbed(undisturbed, tmp_p
       os.kill(os.getpid(), signal.SIGTERM)
   monkeypatch.setattr(Writer, 'write_scalars', stopping)
   assert train.train_and_evaluate(tiny.config(), str(tmp_path), preempt_exit_code=7) == 7
-  assert [p.name for p in (tmp_path / 'checkpoints').iterdir()] == ['3'] and not (tmp_path / 'DONE').exists()
+  assert [p.name for p in (tmp_path / 'checkpoints').iterdir()] == ['4'] and not (tmp_path / 'DONE').exists()
   monkeypatch.undo()
   assert train.train_and_evaluate(tiny.config(), str(tmp_path)) == 0
   want, got = tiny.metrics(undisturbed), tiny.metrics(tmp_path)

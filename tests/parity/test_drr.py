@@ -6,7 +6,7 @@ the images are the released ones, and what remains between `reference.line_sums`
 """
 import numpy as np
 import pytest
-from scipy.ndimage import map_coordinates
+from scipy.ndimage import map_coordinates, zoom
 
 from unimiss_jax.drr import Detector, bands, project, reference, xray
 
@@ -180,6 +180,16 @@ def test_post_chain(synth):
   resized = reference.resize(cropped)
   np.testing.assert_allclose(resized, data['post/resized'], rtol=0, atol=1e-4)
   assert_levels(reference.quantize(resized), data['post/uint8'])
+
+
+@pytest.mark.parametrize('shape, out', [((628, 700), (223, 249)), ((974, 974), (224, 224)), ((60, 100), (224, 373))])
+def test_sizes_and_resampling(shape, out):
+  """628 * (224 / 628) is less than 224. Reduction does not average; enlargement is as in scipy."""
+  image = np.random.default_rng(0).random(shape)
+  resized = reference.resize(image)
+  assert resized.shape == out
+  expected = zoom(image, np.divide(out, shape), order=1, mode='nearest', grid_mode=True)
+  np.testing.assert_allclose(resized, expected, rtol=0, atol=1e-9)
 
 
 def test_render(synth):
