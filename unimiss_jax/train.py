@@ -5,8 +5,10 @@ works, wait, log, evaluate, save. A checkpoint holds the state after step n and 
 the batch of step n, so a resumed run takes the same batches and draws the same random numbers.
 """
 import contextlib
+import ctypes
 import logging
 import signal
+import sys
 from concurrent import futures
 
 import jax
@@ -111,7 +113,7 @@ class Run:
         stream.seek(meta['positions'].get(name, 0))      # --resume=force may have turned a stream on
       logging.info('resumed step %d | data index %s', int(self.state.step),
                    ', '.join(f'{n} {p}' for n, p in meta['positions'].items()))
-    pool = futures.ThreadPoolExecutor(len(self.method.phases))      # compiles while phantoms are drawn and evaluated
+    pool = futures.ThreadPoolExecutor(1)      # compiles while phantoms are drawn and evaluated; one at a time: memory
     self.steps = {n: pool.submit(self.compile, n, template) for n in self.method.phases}
     pool.shutdown(wait=False)
     branch = 'teacher' if 'teacher' in self.method.weights else 'student'
@@ -144,6 +146,7 @@ class Run:
     if start == 0:
       self.evaluate(0)
     steps = {n: s.result() for n, s in self.steps.items()}
+    trim_memory()
     fetcher = futures.ThreadPoolExecutor(1)     # draws the next batch while the device works
     batch = self.take(plan[start]) if start < total else None
     for i in range(start, total):
@@ -259,6 +262,13 @@ class Run:
         stack.callback(stream.close)
       if self.writer:
         stack.callback(self.writer.close)
+
+
+def trim_memory() -> None:
+  """Gives freed memory back to the system, where glibc can: compiling leaves it gigabytes that nothing uses again."""
+  trim = getattr(ctypes.CDLL(None), 'malloc_trim', None) if sys.platform == 'linux' else None
+  if trim:
+    trim(0)
 
 
 def logged_steps(plan, every: int) -> set[int]:
