@@ -68,7 +68,7 @@ def base() -> ConfigDict:
       p_ref=0.,                   # line integral shown as white; 0 = a length of water that fits the view
       sdd_mm=2000., sod_mm=1800.,
       source_jitter_mm=0.,        # uniform, per axis, parallel to the detector
-      tilt_deg=0.,                # uniform, +- yaw, pitch and roll of source and detector about the volume's centre
+      tilt_deg=0.,                # uniform, +- yaw, pitch and roll of source and detector about the window's centre
       paired_window=False,        # the DRR shows the window of its CT crop, with its flips
       quantize=False,             # 8-bit, as the released PNG files
   ))

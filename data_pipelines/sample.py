@@ -29,11 +29,12 @@ def ct_sample(record: dict, params: dict, config) -> dict:
   mu, unit = xray.attenuation(hu, cfg.mu)
   p_ref = cfg.p_ref or white(cfg.view, hu.shape, spacing, cfg.mu)
   # The window is given on the isocentre plane, so the image does not depend on where behind a wide volume the film is.
-  corner = np.linalg.norm(np.multiply(hu.shape, spacing)) / 2    # its distance is the same however the view is tilted
-  sdd = max(cfg.sdd_mm, cfg.sod_mm + corner)
+  corner = np.linalg.norm(np.multiply(hu.shape, spacing)) / 2
   size = (config.views.drr.size,) * 2
   drr = []
   for p in _views(params['drr']):
+    leaning = np.linalg.norm(np.sin(np.deg2rad(p['tilt_deg'][:2])))    # brings the film closer on one side
+    sdd = max(cfg.sdd_mm, cfg.sod_mm + corner + leaning * np.linalg.norm(p['center_mm']))
     source, film = geometry.camera(cfg.view, p['center_mm'], p['pitch_mm'], size, sdd, cfg.sod_mm, p['offset_mm'],
                                    p['tilt_deg'])
     line_integrals = project(mu, spacing, source, film, cfg.kind) * np.float32(unit)

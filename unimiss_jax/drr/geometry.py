@@ -59,8 +59,8 @@ def camera(view: str, center_mm, pitch_mm, shape, sdd_mm=2000., sod_mm=1800., of
 
   Every displayed direction (down, right) runs against its patient axis, so all lengths here are in the
   directions of the display. A negative pitch mirrors the window in place. The source may be shifted
-  parallel to the film; the window stays where it is on the isocentre plane. Tilt turns source, film and
-  window together about the isocentre.
+  parallel to the film; the window stays where it is on the isocentre plane. Tilt turns source and film
+  about the centre of the window, so that the view keeps its subject.
 
   Args:
     view: 'axial', 'ap', 'pa' or 'lateral'.
@@ -80,16 +80,18 @@ def camera(view: str, center_mm, pitch_mm, shape, sdd_mm=2000., sod_mm=1800., of
   magnification = sdd_mm / sod_mm
   # The ray from the source through `center` on the isocentre plane meets the film at `on_film`.
   on_film = [magnification * c - (magnification - 1) * o for c, o in zip(center_mm, offset_mm)]
-  steps = [p * magnification for p in pitch_mm]
-  corner = [c - s * (n - 1) / 2 for c, s, n in zip(on_film, steps, shape)]
+  step = [p * magnification for p in pitch_mm]
+  corner = [c - s * (n - 1) / 2 for c, s, n in zip(on_film, step, shape)]
   # Along the beam, down, right:
-  vectors = (-sod_mm, *offset_mm), (sdd_mm - sod_mm, *corner), (0., steps[0], 0.), (0., 0., steps[1])
+  points, steps = [(-sod_mm, *offset_mm), (sdd_mm - sod_mm, *corner)], [(0., step[0], 0.), (0., 0., step[1])]
   if not (is_concrete(tilt_deg) and all(angle == 0 for angle in tilt_deg)):
-    turn = rotation(*tilt_deg)
-    vectors = [tuple(sum(t * v for t, v in zip(row, vector)) for row in turn) for vector in vectors]
+    matrix, pivot = rotation(*tilt_deg), (0., *center_mm)
+    turn = lambda vector: [sum(m * v for m, v in zip(row, vector)) for row in matrix]
+    points = [[p + x for p, x in zip(pivot, turn([x - p for p, x in zip(pivot, point)]))] for point in points]
+    steps = [turn(vector) for vector in steps]
   signs = dict(zip((march, *displayed), (-side, -1, -1)))
   order = sorted(range(3), key=(march, *displayed).__getitem__)
-  source, *film = (tuple(signs[axis] * v[i] for axis, i in enumerate(order)) for v in vectors)
+  source, *film = (tuple(signs[axis] * v[i] for axis, i in enumerate(order)) for v in (*points, *steps))
   return source, Detector(tuple(shape), *film)
 
 
