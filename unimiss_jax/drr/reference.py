@@ -4,7 +4,7 @@ Its renderer scales a CT sub-volume by its range, samples every ray once per mil
 included, and adds up: no attenuation, no share of a step, no obliquity. The file is the shadow alone,
 resized, in 8 bits. Here the samples are taken on planes parallel to the slices, whereas there they lie
 on spheres about the source; and a ray which enters through a side has its samples in those planes too,
-not counted from where it enters. Interior pixels differ by less than 1e-3, some of the rim by more.
+not counted from where it enters. The interior differs by less than 1e-3 (relative L2), pixels of the rim by more.
 
 Volumes are in storage order, as SimpleITK returns them: the headers' directions are never read. numpy only.
 """
