@@ -19,7 +19,7 @@ def nt_xent(z, temperature: float, group=None):
   Args:
     z: [2, B, D], L2-normalised here.
     temperature: divides the cosines.
-    group: [B] integers; other instances of the same group (overlapping tiles of one scan) are no candidates.
+    group: integers, [B] or [2, B]; other instances of the same group (overlapping tiles of one scan) are no candidates.
 
   Returns:
     Mean over the 2B views; ln(2B - 1) for a model that tells nothing apart, where all groups differ.
@@ -29,7 +29,8 @@ def nt_xent(z, temperature: float, group=None):
   positive = jnp.roll(jnp.arange(n), n // 2)
   hidden = jnp.eye(n, dtype=bool)
   if group is not None:
-    same = jnp.tile(group, 2)[:, None] == jnp.tile(group, 2)
+    group = jnp.broadcast_to(group, (2, n // 2)).ravel()
+    same = group[:, None] == group
     hidden |= same & (positive[:, None] != jnp.arange(n))
   scores = jnp.where(hidden, -jnp.inf, z @ z.T / temperature)
   return -jax.nn.log_softmax(scores)[jnp.arange(n), positive].mean()

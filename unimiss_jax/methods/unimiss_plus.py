@@ -79,11 +79,10 @@ def make(config, data) -> Method:
         student.swapaxes(0, 1), teacher.swapaxes(0, 1), center, student_temp=loss.student_temp,
         teacher_temp=teacher_temp(step), center_momentum=loss.center_momentum)
 
-  def positives(z):                  # [2, B, D]; the control pairs view 1 of another instance
-    return jnp.stack([z[0], jnp.roll(z[1], 1, axis=0)]) if loss.shuffle_pairs else z
-
-  def group(rows):                   # tiles of one scan are not each other's negatives
-    return None if loss.shuffle_pairs else rows['group']
+  def views_loss(z, group):          # z [2, B, D], group [B]: tiles of one scan are not each other's negatives
+    if loss.shuffle_pairs:           # the control: view 1 of another instance; the own one is no candidate at all
+      z, group = jnp.stack([z[0], jnp.roll(z[1], 1, axis=0)]), jnp.stack([group, jnp.roll(group, 1)])
+    return contrastive.nt_xent(z, loss.nce_temp, group)
 
   def teach(extra, x):
     """Teacher logits of two views [B, 2, ...]; the encoder alone."""
@@ -127,11 +126,11 @@ def make(config, data) -> Method:
     if loss.nce or loss.pair_nce:
       z_ct = project(params, e_ct)
     if loss.nce:
-      terms['nce_loss'] = (loss.nce, contrastive.nt_xent(positives(z_ct), loss.nce_temp, group(rows)))
+      terms['nce_loss'] = (loss.nce, views_loss(z_ct, rows['group']))
     if loss.pair_nce:
       z_drr = project(params, e_drr)
       partner = jnp.roll(z_drr, 1, axis=1) if loss.shuffle_pairs else z_drr
-      pair = partial(contrastive.info_nce, log_scale=-math.log(loss.nce_temp), report_id=group(rows))
+      pair = partial(contrastive.info_nce, log_scale=-math.log(loss.nce_temp), report_id=None if loss.shuffle_pairs else rows['group'])
       terms['pair_nce_loss'] = (loss.pair_nce, (pair(z_ct[0], partner[0]) + pair(z_ct[1], partner[1])) / 2)
     return weighted(terms, mean, metrics)
 
@@ -148,7 +147,7 @@ def make(config, data) -> Method:
     if loss.recon_xray:
       terms['recon_xray_loss'] = (loss.recon_xray, reconstruction.sigmoid_mse(r, rows['xray']))
     if loss.nce:
-      terms['nce_loss'] = (loss.nce, contrastive.nt_xent(positives(project(params, e)), loss.nce_temp, group(rows)))
+      terms['nce_loss'] = (loss.nce, views_loss(project(params, e), rows['group']))
     return weighted(terms, mean, metrics)
 
   def joint_loss(params, extra, batch, key, step):
