@@ -130,7 +130,8 @@ def make(config, data) -> Method:
     if loss.pair_nce:
       z_drr = project(params, e_drr)
       partner = jnp.roll(z_drr, 1, axis=1) if loss.shuffle_pairs else z_drr
-      pair = partial(contrastive.info_nce, log_scale=-math.log(loss.nce_temp), report_id=None if loss.shuffle_pairs else rows['group'])
+      scan = None if loss.shuffle_pairs else rows['group']
+      pair = partial(contrastive.info_nce, log_scale=-math.log(loss.nce_temp), report_id=scan)
       terms['pair_nce_loss'] = (loss.pair_nce, (pair(z_ct[0], partner[0]) + pair(z_ct[1], partner[1])) / 2)
     return weighted(terms, mean, metrics)
 
