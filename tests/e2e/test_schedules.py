@@ -25,7 +25,7 @@ def test_xrays_alone(tmp_path, monkeypatch):
   monkeypatch.undo()
   assert train.train_and_evaluate(c, str(tmp_path)) == 0
   rows = tiny.metrics(tmp_path)
-  assert [k for k in rows] == [(0, 'eval'), (0, 'xray'), (2, 'eval'), (3, 'xray'), (4, 'eval')]
+  assert list(rows) == [(0, 'eval'), (0, 'xray'), (2, 'eval'), (3, 'xray'), (4, 'eval')]
   assert rows[0, 'xray'].keys() >= {'train/nce_loss', 'train/grad_norm_rest'}
   assert rows[0, 'eval'].keys() >= {'eval/knn_auc_ct', 'eval/knn_auc_xray'}
 
