@@ -7,22 +7,24 @@ CPU := GLIBC_TUNABLES=glibc.malloc.hugetlb=1 \
   XLA_FLAGS="--xla_cpu_scheduler_type=CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED $(XLA_FLAGS)" \
   JAX_COMPILATION_CACHE_DIR=$(CURDIR)/.cache/xla
 RUN ?= runs/demo
+# TORCH=1 adds PyTorch, the oracle of some tests; they are skipped without it.
+READY := $(VENV)/.ready-test$(if $(TORCH),-torch)
 
 .PHONY: demo test test-all lint bench clean
 
 demo: $(VENV)/.ready
 	$(CPU) $(BIN)/python main.py --config=configs/unimiss_plus.py:phantom --workdir=$(RUN)
 
-test: $(VENV)/.ready-test
+test: $(READY)
 	$(BIN)/python -m pytest -q -m "not slow" tests
 
-test-all: $(VENV)/.ready-test
+test-all: $(READY)
 	$(BIN)/python -m pytest -q tests
 
-lint: $(VENV)/.ready-test
+lint: $(READY)
 	$(BIN)/ruff check .
 
-bench: $(VENV)/.ready-test
+bench: $(READY)
 	for b in drr input; do $(BIN)/python benchmarks/$$b.py; done
 
 clean:
@@ -35,8 +37,7 @@ $(VENV)/.ready: setup.py requirements.lock
 	$(BIN)/python -m pip install -q -c requirements.lock -e .
 	touch $@
 
-# TORCH=1 adds PyTorch, the oracle of some tests; they are skipped without it.
-$(VENV)/.ready-test: $(VENV)/.ready
+$(READY): $(VENV)/.ready
 	$(BIN)/python -m pip install -q -c requirements.lock -e ".[test]"
 	$(if $(TORCH),$(BIN)/python -m pip install -q torch==2.13.0 safetensors)
 	touch $@

@@ -55,7 +55,7 @@ def train_and_evaluate(config, folder: str, resume: str = 'auto', preempt_exit_c
   run = None
   try:
     if workdir.finished(folder, config):
-      logging.info('%s is complete (file DONE); nothing to do', folder)
+      logging.info('%s is complete (file DONE), nothing to do; another --workdir starts anew', folder)
       return 0
     run = Run(config, folder, resume)
     with Watchdog(config.log.watchdog_min) as watchdog:
