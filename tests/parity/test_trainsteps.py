@@ -4,6 +4,7 @@ Trajectories are compared in float64 only: Adam's first steps are nearly signs, 
 of magnitude within a few steps; in float32 the first step is compared strictly, and the losses of the next three.
 """
 import functools
+import itertools
 import json
 import types
 
@@ -75,44 +76,51 @@ class Run:
 
   @functools.cache      # noqa: B019 (few objects, of one test module)
   def step(self, phase):
-    """(state, batch) -> (state, metrics, gradients as the optimiser gets them)."""
+    """(state, batch, modes of the groups) -> (state, metrics, gradients as the optimiser gets them)."""
     mesh = sharding.make_mesh(1, 1, jax.devices()[:1])
 
-    def recorded(state, batch):
+    def recorded(state, batch, modes):
       seen = []
       update = lambda grads, *rest: (seen.append(grads), self.optimiser.update(grads, *rest))[1]
-      f = step.make_step(self.config, self.method, self.optimiser._replace(update=update), phase, mesh)
+      given = self.method.phases[phase]._replace(update=lambda group, step: modes[group])
+      f = step.make_step(self.config, self.method._replace(phases={phase: given}),
+                         self.optimiser._replace(update=update), phase, mesh)
       return (*f(state, batch), seen[0])
     return jax.jit(recorded)
 
-  def steps(self):
-    """Takes the listed steps; yields (index, what the fixture says, phase, state, metrics, gradients)."""
+  def steps(self, other=None):
+    """Takes the listed steps; yields (index, what the fixture says, phase, state, metrics, gradients).
+
+    The modes are those of this method, but given as numbers: `other`, a run of another kind of freezing, may lend its
+    compiled steps.
+    """
     state = self.start()
     for k, listed in enumerate(self.meta['steps']):
       phase = PHASES[listed['phase']]
-      state, metrics, grads = self.step(phase)(
-          state._replace(step=jnp.asarray(listed['it'], jnp.int32)), self.batch(phase))
+      assert self.method.schedule(listed['it'])[0] == phase
+      modes = {g: np.int32(self.method.phases[phase].update(g, listed['it'])) for g in state.opt_state['groups']}
+      state, metrics, grads = (other or self).step(phase)(
+          state._replace(step=jnp.asarray(listed['it'], jnp.int32)), self.batch(phase), modes)
       yield k, listed, phase, state, metrics, porting.to_torch(grads)
 
 
-def load(folder, name):
-  return (json.loads((folder / f'{name}.json').read_text()), np.load(folder / f'{name}.npz'),
-          json.loads((folder / 'plus_state_keys.json').read_text()))
+def built(folder, name, dtype, size='tiny'):
+  """A run and the arrays of its fixture."""
+  meta = json.loads((folder / 'parity' / f'{name}.json').read_text())
+  shapes = json.loads((folder / 'parity' / 'plus_state_keys.json').read_text())[size]
+  return types.SimpleNamespace(meta=meta, arrays=np.load(folder / 'parity' / f'{name}.npz'),
+                               names=meta['param_names'], run=Run(meta, shapes, dtype))
 
 
-def fixture(name, dtype, size='tiny'):
-  """A pytest fixture: the run and the arrays of one file."""
-  @pytest.fixture(scope='module', name=name)
-  def built(fixtures):
-    with jax.enable_x64(dtype == 'float64'):
-      meta, arrays, names = load(fixtures / 'parity', name)
-      run = Run(meta, names[size], dtype)
-      return types.SimpleNamespace(meta=meta, arrays=arrays, run=run, names=meta['param_names'])
-  return built
+@pytest.fixture(scope='module')
+def masked(fixtures):
+  with jax.enable_x64(True):
+    return built(fixtures, 'plus_tiny_trainsteps_f64', 'float64')
 
 
-masked = fixture('plus_tiny_trainsteps_f64', 'float64')
-drifting = fixture('plus_tiny_trainsteps_torch18zerograd_f64', 'float64')
+@pytest.fixture(scope='module')
+def single(fixtures):
+  return built(fixtures, 'plus_tiny_trainsteps', 'float32')
 
 
 def close(ours, theirs, rtol, label):
@@ -120,11 +128,6 @@ def close(ours, theirs, rtol, label):
   ours, theirs = np.asarray(ours), np.asarray(theirs)
   assert ours.shape == theirs.shape, label
   np.testing.assert_allclose(ours, theirs, rtol=0, atol=rtol * max(abs(theirs).max(), 1e-30), err_msg=label)
-
-
-def table(tensors, names):
-  """[mean, std, norm] of every tensor."""
-  return np.array([recipe.summary(tensors[n])[:3] for n in names])
 
 
 def losses(phase, metrics):
@@ -142,40 +145,135 @@ def gradient_norms(grads, theirs, names, rtol, where):
   assert error.max() < rtol, (where, names[np.flatnonzero(known)[error.argmax()]], error.max())
 
 
-def whole_trajectory(case):
-  """Every number that the fixture has of every step."""
-  arrays, names = case.arrays, case.names
-  for k, _, phase, state, metrics, grads in case.run.steps():
+def moments(params, theirs, names, rtol, where):
+  """[mean, std, norm] of every tensor; a mean is known as well as the values behind it: relative to their RMS."""
+  tensors = porting.to_torch(params)
+  ours = np.array([recipe.summary(tensors[n])[:3] for n in names])
+  rms = theirs[:, 2] / np.sqrt([tensors[n].size for n in names])
+  error = abs(ours - theirs) / np.stack([rms, rms, theirs[:, 2]], 1)
+  assert error.max() < rtol, (where, names[error.max(1).argmax()], error.max())
+  return tensors
+
+
+def trajectory(case, compiled=None):
+  """Every number that the fixture has of every step; returns the states."""
+  arrays, names, last = case.arrays, case.names, len(case.meta['steps']) - 1
+  states = []
+  for k, _, phase, state, metrics, grads in case.run.steps(compiled):
     where = f'step {k} {phase}'
     np.testing.assert_allclose(losses(phase, metrics), arrays[f'{k}/loss'], rtol=1e-6, err_msg=where)
     gradient_norms(grads, arrays[f'{k}/gradnorm'], names, 1e-5, where)
     for key in arrays.files:
       if key.startswith(f'{k}/grad/'):
         close(grads[key.split('/', 2)[2]], arrays[key], 1e-5, key)
-    for branch, params in (('student', state.params), ('teacher', state.extra['teacher'])):
-      tensors = porting.to_torch(params)
-      mean, std, norm = table(tensors, names).T
-      mean_, std_, norm_ = arrays[f'{k}/{branch}'].T
-      size = np.array([tensors[n].size for n in names])
-      label = f'{where} {branch}'
-      np.testing.assert_allclose(norm, norm_, rtol=1e-6, err_msg=label)
-      # A mean near zero is known as well as the values it comes from: relative to the root mean square.
-      np.testing.assert_array_less(abs(mean - mean_), 1e-6 * norm_ / size**.5 + 1e-30, err_msg=label)
-      np.testing.assert_array_less(abs(std - std_), 1e-6 * norm_ / size**.5 + 1e-30, err_msg=label)
-      for name in case.meta['track_full']:
-        key = f'final{"" if branch == "student" else "_teacher"}/{name}'
-        if k == len(case.meta['steps']) - 1:
-          close(tensors[name], arrays[key], 1e-6, key)
+    student = moments(state.params, arrays[f'{k}/student'], names, 1e-6, where)
+    teacher = moments(state.extra['teacher'], arrays[f'{k}/teacher'], names, 1e-6, where + ' teacher')
     np.testing.assert_allclose(recipe.summary(state.extra['center']), arrays[f'{k}/center'], rtol=1e-6, atol=1e-9)
+    states.append(state)
+  for name in case.meta['track_full']:
+    close(student[name], arrays[f'final/{name}'], 1e-6, name)
+    close(teacher[name], arrays[f'final_teacher/{name}'], 1e-6, name)
   close(state.extra['center'], arrays['center_final'], 1e-6, 'centre')
+  assert k == last
+  return states
+
+
+def norms_of(states, name):
+  return [float(np.linalg.norm(porting.to_torch(s.params)[name])) for s in states]
+
+
+POS_3D = 'backbone.transformer.pos_embed3D4'
+
+
+def test_eight_steps_with_masked_3d_tensors(masked):
+  with jax.enable_x64(True):
+    states = trajectory(masked)
+  np.testing.assert_allclose(norms_of(states, POS_3D)[2:6], 7.64007, rtol=0, atol=5e-6)
+  assert len(set(norms_of(states, POS_3D)[2:6])) == 1
+
+
+def test_four_steps_in_which_3d_tensors_drift(fixtures, masked):
+  with jax.enable_x64(True):
+    states = trajectory(built(fixtures, 'plus_tiny_trainsteps_torch18zerograd_f64', 'float64'), masked.run)
+  np.testing.assert_allclose(norms_of(states, POS_3D), [7.63979, 7.63920, 7.63735, 7.63526], rtol=0, atol=5e-6)
+
+
+def test_schedules_give_the_listed_values(masked):
+  """Learning rate, weight decay and momentum of every step that a fixture lists, and the frozen epochs."""
+  run = masked.run
+  lr, wd = step.schedules(run.config, run.method)
+  ema = optim.cosine_schedule(run.config.ema.momentum, run.config.ema.momentum_end, run.method.total_steps, 0)
+  assert run.method.steps_per_epoch == 3 and run.method.total_steps == 18
+  for listed in masked.meta['steps']:
+    ours = [float(f(listed['it'])) for f in (lr, wd, ema)]
+    np.testing.assert_allclose(ours, [listed['lr'], listed['wd'], listed['m']], rtol=1e-12, atol=1e-18)
+    assert (run.method.phases['ct'].update('last_layer', listed['it']) == optim.SKIP) == (listed['epoch'] < 2)
+
+
+def test_which_tensors_decay_and_which_are_3d(masked):
+  """The 144 tensors that decay, the 84 that X-ray phases do not train, and the one that nothing trains."""
+  torch_name = {}
+  for path, x in optim.named_leaves(masked.run.weights).items():
+    marker = porting.to_torch({'backbone': nested(path, x)} if path.startswith('backbone/') else
+                              {'head': nested(path, x)})
+    torch_name[next(iter(marker))] = (path, x)
+  decayed = np.array([optim.decays(*torch_name[n]) and masked.run.method.groups(torch_name[n][0]) != 'fixed'
+                      for n in masked.names])
+  np.testing.assert_array_equal(decayed, masked.arrays['decayed_mask'])
+  assert decayed.sum() == 144
+  groups = {n: masked.run.method.groups(torch_name[n][0]) for n in masked.names}
+  assert {n for n, g in groups.items() if g == '3d'} == {n for n in masked.names if '3D' in n}
+  assert sum(g == '3d' for g in groups.values()) == 84
+  assert [n for n, g in groups.items() if g == 'fixed'] == ['head.last_layer.weight_g']
+  assert [n for n, g in groups.items() if g == 'last_layer'] == ['head.last_layer.weight_v']
+
+
+def nested(path, x):
+  """'backbone/a/b' and a leaf -> {'a': {'b': leaf}}."""
+  for key in reversed(path.split('/')[1:]):
+    x = {key: x}
+  return x
+
+
+def first_step(case):
+  """Losses, gradients and centre of the first step in float32."""
+  arrays = case.arrays
+  k, listed, phase, state, metrics, grads = next(case.run.steps())
+  np.testing.assert_allclose(losses(phase, metrics), arrays['0/loss'], rtol=1e-5)
+  gradient_norms(grads, arrays['0/gradnorm'], case.names, 1e-3, phase)
+  for key in arrays.files:
+    if key.startswith('0/grad/'):
+      close(grads[key.split('/', 2)[2]], arrays[key], 1e-3, key)
   return state
 
 
-def test_eight_steps_with_masked_3d_tensors(plus_tiny_trainsteps_f64):
-  with jax.enable_x64(True):
-    whole_trajectory(plus_tiny_trainsteps_f64)
+@pytest.mark.slow
+def test_first_xray_step_in_float32(fixtures):
+  case = built(fixtures, 'plus_tiny_trainstep_2D', 'float32')
+  state = first_step(case)
+  close(state.extra['center'], case.arrays['center_final'], 1e-5, 'centre')
 
 
-def test_four_steps_in_which_3d_tensors_drift(plus_tiny_trainsteps_torch18zerograd_f64):
-  with jax.enable_x64(True):
-    whole_trajectory(plus_tiny_trainsteps_torch18zerograd_f64)
+@pytest.mark.slow
+def test_first_ct_steps_in_float32(single):
+  """The first step strictly, then the losses of three more: nothing later can be compared."""
+  first_step(single)
+  for k, _, phase, _, metrics, _ in itertools.islice(single.run.steps(), 4):
+    np.testing.assert_allclose(losses(phase, metrics), single.arrays[f'{k}/loss'], rtol=1e-4, err_msg=f'step {k}')
+
+
+@pytest.mark.slow
+def test_first_step_with_drift_in_float32(fixtures, single):
+  case = built(fixtures, 'plus_tiny_trainsteps_torch18zerograd', 'float32')
+  for k, _, phase, _, metrics, grads in case.run.steps(single.run):
+    np.testing.assert_allclose(losses(phase, metrics), case.arrays[f'{k}/loss'], rtol=1e-4 if k else 1e-5)
+    if k == 0:
+      gradient_norms(grads, case.arrays['0/gradnorm'], case.names, 1e-3, phase)
+
+
+@pytest.mark.slow
+def test_a_step_of_the_full_model_in_float32(fixtures):
+  """63.3 million parameters, 65 536 prototypes, one CT with its DRR and slices."""
+  case = built(fixtures, 'plus_full_trainstep', 'float32', 'full')
+  state = first_step(case)
+  close(state.extra['center'], case.arrays['center_final'], 1e-4, 'centre')
