@@ -14,6 +14,8 @@ from unimiss_jax.models.mit import MiTPlus
 TINY = dict(embed_dims=(4, 8, 16, 32, 40, 40), decoder_dims=(40, 32, 16, 8, 4), image_size=64,
             volume_size=(16, 64, 64))
 CASES = {'x2d': ((2, 3, 64, 64), 'unit'), 'x3d': ((1, 1, 16, 64, 64), 'ct')}
+OTHER_SIZES = {'x2d_96': ((1, 3, 96, 96), 'unit'), 'x2d_64x96': ((1, 3, 64, 96), 'unit'),      # encoder only
+               'x3d_96': ((1, 1, 16, 96, 96), 'ct'), 'x3d_64x96': ((1, 1, 16, 64, 96), 'ct')}
 MAPS = ('c0', 'c1', 's1', 's2', 's3')
 
 
@@ -45,8 +47,8 @@ def channels_first(x):
   return np.moveaxis(np.asarray(x), -1, 1)
 
 
-def every_stage(fixture, model, params, case, shape, kind):
-  """Input, pyramid, tokens, class token, reconstruction and logits of one case, each within 1e-4."""
+def every_stage(fixture, model, params, case, shape, kind, decode=True):
+  """Input, pyramid, tokens, class token and, unless `decode` is off, reconstruction and logits, each within 1e-4."""
   x = recipe.network_input(0, case, shape, kind)
   close(x, fixture, f'{case}/input', 0)
   weights = params['head']['last_layer']['weight_v'].shape
@@ -54,7 +56,7 @@ def every_stage(fixture, model, params, case, shape, kind):
 
   @jax.jit
   def forward(params, x):
-    out = model.apply({'params': params['backbone']}, x)
+    out = model.apply({'params': params['backbone']}, x, decode=decode)
     return out, head.apply({'params': params['head']}, out.embedding)
   out, logits = forward(params, np.moveaxis(x, 1, -1))
   for name, ours in zip(MAPS, out.pyramid):
@@ -62,6 +64,8 @@ def every_stage(fixture, model, params, case, shape, kind):
   tokens = np.asarray(out.pyramid[5])
   close(tokens.reshape(len(tokens), -1, tokens.shape[-1]), fixture, f'{case}/s4tok', 1e-4)
   close(np.asarray(out.embedding), fixture, f'{case}/cls', 1e-4)
+  if not decode:
+    return
   close(channels_first(out.reconstruction), fixture, f'{case}/recon', 1e-4)
   close(np.asarray(logits), fixture, f'{case}/logits', 1e-4)
 
@@ -71,10 +75,17 @@ def test_every_stage_equals_the_released_code(fixtures, tiny, case):
   every_stage(np.load(fixtures / 'parity' / 'plus_tiny_forward.npz'), *tiny, case, *CASES[case])
 
 
+@pytest.mark.parametrize('case', OTHER_SIZES)
+def test_the_encoder_at_other_sizes_equals_the_released_code(fixtures, tiny, case):
+  model, params = tiny
+  every_stage(np.load(fixtures / 'parity' / 'plus_tiny_forward.npz'), model.clone(pos_interp='reference'), params, case,
+              *OTHER_SIZES[case], decode=False)
+
+
 @pytest.mark.slow
 @pytest.mark.realdata
 def test_the_full_model_equals_the_released_code(shared, names):
-  """63.3 million weights: the recipe's statistics, then one image and one volume of 96 x 96."""
+  """63.3 million weights: the recipe's statistics, images and volumes of 96 x 96, the encoder at 128 x 128."""
   fixture = np.load(shared / 'fixtures' / 'parity' / 'plus_full_forward.npz')
   state = recipe.state_dict(0, names['full'])
   np.testing.assert_allclose([recipe.summary(state[k])[:3] for k in sorted(state)], fixture['weight_summary'],
@@ -82,6 +93,9 @@ def test_the_full_model_equals_the_released_code(shared, names):
   params = porting.from_torch(state)
   every_stage(fixture, MiTPlus(), params, 'x2d', (1, 3, 96, 96), 'unit')
   every_stage(fixture, MiTPlus(), params, 'x3d', (1, 1, 16, 96, 96), 'ct')
+  model = MiTPlus(pos_interp='reference')
+  every_stage(fixture, model, params, 'x2d_128', (1, 3, 128, 128), 'unit', decode=False)
+  every_stage(fixture, model, params, 'x3d_128', (1, 1, 16, 128, 128), 'ct', decode=False)
 
 
 @pytest.mark.parametrize('size', ['tiny', 'full'])

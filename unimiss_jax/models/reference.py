@@ -1,7 +1,8 @@
 """How the released UniMiSS+ code lays the position tables of its encoder over other grids, with all its oddities.
 
-Bicubic (a = -0.75) or trilinear as ours, but the table is laid over 0.1 tokens more than there are, along the depth
-too; and width and height are exchanged, so that a grid that is not square gets its positions transposed.
+Bicubic (a = -0.75) or trilinear as ours, but the table is laid over 0.1 tokens more than there are (PyTorch's
+trilinear kernel leaves axes alone whose length stays); and width and height are exchanged, so that a grid that is not
+square gets its positions transposed.
 """
 from __future__ import annotations
 
@@ -29,10 +30,11 @@ def resize_positions(table, native, grid, cls_token: bool):
   if fault:
     raise ValueError(f"position table made for {tuple(native)} on {tuple(grid)}: model.pos_interp='reference' cannot "
                      f"interpolate {fault}, as the released code; use pos_interp='grid' or the native input size")
-  matrix = linear_matrix if depth else cubic_matrix
   maps = table[0, 1:].reshape(*native, -1)
   for axis, (old, new) in enumerate(zip(native, (*depth, width, height))):    # released code: W before H
-    weights = jnp.asarray(matrix(old, new, new + SURPLUS), wide(table.dtype))
+    if old == new and depth:
+      continue
+    weights = jnp.asarray((linear_matrix if depth else cubic_matrix)(old, new, new + SURPLUS), wide(table.dtype))
     maps = jnp.moveaxis(jnp.tensordot(weights, maps, (1, axis)), 0, axis)
   maps = maps.reshape(1, math.prod(grid), -1).astype(table.dtype)
   return jnp.concatenate([table[:, :1], maps], 1)
