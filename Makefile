@@ -16,10 +16,10 @@ demo: $(VENV)/.ready
 	$(CPU) $(BIN)/python main.py --config=configs/unimiss_plus.py:phantom --workdir=$(RUN)
 
 test: $(READY)
-	$(BIN)/python -m pytest -q -m "not slow" tests
+	$(BIN)/python -m pytest -q -n 2 --dist loadfile -m "not slow" tests
 
 test-all: $(READY)
-	$(BIN)/python -m pytest -q tests
+	$(BIN)/python -m pytest -q -n 2 --dist loadfile tests
 
 lint: $(READY)
 	$(BIN)/ruff check .

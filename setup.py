@@ -29,7 +29,7 @@ setup(
         'threadpoolctl>=3',
     ],
     extras_require={
-        'test': ['hypothesis', 'pytest', 'ruff', 'scikit-learn', 'SimpleITK', 'tensorboard'],
+        'test': ['hypothesis', 'pytest', 'pytest-xdist', 'ruff', 'scikit-learn', 'SimpleITK', 'tensorboard'],
         'torch': ['torch>=2.2', 'safetensors>=0.8'],
         'dicom': ['pydicom>=3', 'pylibjpeg[all]'],
         'fast': ['isal'],
