@@ -41,6 +41,6 @@ def temperature_schedule(warmup: float, final: float, warmup_epochs: float, step
   last = max(warmup_epochs - 1, 1)
 
   def temperature(step):
-    epoch = step // steps_per_epoch
+    epoch = jnp.asarray(step // steps_per_epoch, float)
     return jnp.where(epoch < warmup_epochs, warmup + (final - warmup) * jnp.minimum(epoch / last, 1), final)
   return temperature
