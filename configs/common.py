@@ -64,7 +64,7 @@ def base() -> ConfigDict:
       scope='subvolume',          # subvolume = the 24-slice tile | volume = the whole scan
       kind='box',                 # box | linear | bspline
       mu='water',                 # water | bone_soft | minmax
-      image='line',               # line | transmission | minmax
+      image='line',               # line | transmission | minmax | reference: cut from the released renderer's file
       p_ref=0.,                   # line integral shown as white; 0 = a length of water that fits the view
       sdd_mm=2000., sod_mm=1800.,
       source_jitter_mm=0.,        # uniform, per axis, parallel to the detector

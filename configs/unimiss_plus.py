@@ -82,7 +82,7 @@ def reference(c: ConfigDict) -> None:
   c.epochs = 401                  # 201 of CT, 200 of X-rays
   c.data.reshuffle = False
   c.views.ct.update(dict(pad_hu=0, pad_to=(256, 256), gamma_stats='bg0197'))
-  c.drr.update(dict(kind='bspline', mu='minmax', image='minmax', quantize=True))
+  c.drr.update(dict(kind='bspline', mu='minmax', image='reference', quantize=True))
   c.model.pos_interp = 'reference'
   c.loss.update(dict(center_updates='sequential', recon_minmax_eps=0.))
   c.optim.update(dict(freeze_3d='zero_grad', max_skipped=1))    # a constant crop is not a number: the run ends

@@ -1,4 +1,6 @@
 """From a record and drawn parameters to the finished views: the only place where drr and views meet."""
+import importlib
+
 import numpy as np
 
 from unimiss_jax.drr import geometry, project, xray
@@ -8,6 +10,8 @@ from unimiss_jax.views import image, volume
 # water; across the trunk the path begins and ends in air. Looked at on chest and abdomen CT: nothing of note saturates.
 WHITE = {'axial': 1.25, 'ap': 1., 'pa': 1., 'lateral': 1.1}
 MU_WATER = {'water': xray.MU_WATER, 'bone_soft': xray.SOFT, 'minmax': .5}    # 1/mm, by attenuation model
+# drr.image -> where the views are made
+RADIOGRAPHS = dict.fromkeys(('line', 'transmission', 'minmax'), __name__) | {'reference': 'data_pipelines.reference'}
 
 
 def ct_sample(record: dict, params: dict, config) -> dict:
@@ -22,24 +26,37 @@ def ct_sample(record: dict, params: dict, config) -> dict:
   Returns:
     {'ct': `[V, D, H, W, 1]` float32, HU / 1024 after augmentation, 'drr': `[V, h, w, 3]` float32 in [0, 1]}.
   """
-  cfg = config.drr
   ct = np.stack([volume.view(record['volume'], p, config.views.ct) for p in _views(params['ct'])])
-  hu, spacing = ((record['whole'], record['whole_spacing_mm']) if cfg.scope == 'volume' else
+  hu, spacing = ((record['whole'], record['whole_spacing_mm']) if config.drr.scope == 'volume' else
                  (record['volume'], record['spacing_mm']))
+  render = importlib.import_module(RADIOGRAPHS[config.drr.image]).radiographs
+  return {'ct': ct[..., None], 'drr': _rgb(render(hu, spacing, _views(params['drr']), config))}
+
+
+def radiographs(hu, spacing_mm, params, config) -> list:
+  """DRR views `[h, w]` float32 in [0, 1] of one volume.
+
+  Args:
+    hu: `[D, H, W]`.
+    spacing_mm: (z, y, x).
+    params: the views, as 'drr' of `draw.ct_pair`.
+    config: the run config; reads drr, views.drr.
+  """
+  cfg = config.drr
   mu, unit = xray.attenuation(hu, cfg.mu)
-  p_ref = cfg.p_ref or white(cfg.view, hu.shape, spacing, cfg.mu)
+  p_ref = cfg.p_ref or white(cfg.view, hu.shape, spacing_mm, cfg.mu)
   # The window is given on the isocentre plane, so the image does not depend on where behind a wide volume the film is.
-  corner = np.linalg.norm(np.multiply(hu.shape, spacing)) / 2
+  corner = np.linalg.norm(np.multiply(hu.shape, spacing_mm)) / 2
   size = (config.views.drr.size,) * 2
-  drr = []
-  for p in _views(params['drr']):
+  views = []
+  for p in params:
     leaning = np.linalg.norm(np.sin(np.deg2rad(p['tilt_deg'][:2])))    # brings the film closer on one side
     sdd = max(cfg.sdd_mm, cfg.sod_mm + corner + leaning * np.linalg.norm(p['center_mm']))
     source, film = geometry.camera(cfg.view, p['center_mm'], p['pitch_mm'], size, sdd, cfg.sod_mm, p['offset_mm'],
                                    p['tilt_deg'])
-    line_integrals = project(mu, spacing, source, film, cfg.kind) * np.float32(unit)
-    drr.append(image.photometric(xray.to_image(line_integrals, cfg.image, p_ref, cfg.quantize), p))
-  return {'ct': ct[..., None], 'drr': _rgb(drr)}
+    line_integrals = project(mu, spacing_mm, source, film, cfg.kind) * np.float32(unit)
+    views.append(image.photometric(xray.to_image(line_integrals, cfg.image, p_ref, cfg.quantize), p))
+  return views
 
 
 def xray_sample(record: dict, params: dict, config) -> dict:

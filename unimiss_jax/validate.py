@@ -24,7 +24,7 @@ CHOICES = {
     'drr.scope': ('subvolume', 'volume'),
     'drr.kind': ('box', 'linear', 'bspline'),
     'drr.mu': ('water', 'bone_soft', 'minmax'),
-    'drr.image': ('line', 'transmission', 'minmax'),
+    'drr.image': ('line', 'transmission', 'minmax', 'reference'),
     'model.dtype': ('float32', 'bfloat16', 'float64'),
     'model.init': ('released', 'fan_in'),
     'model.pos_interp': ('grid', 'reference'),

@@ -25,7 +25,7 @@ TABLE = {
     'data.reshuffle': (18, True, False),
     'drr.kind': (20, 'box', 'bspline'),
     'drr.mu': (20, 'water', 'minmax'),
-    'drr.image': (20, 'line', 'minmax'),
+    'drr.image': (20, 'line', 'reference'),
     'drr.quantize': (20, False, True),
 }
 # Both presets: rows 1, 12, 13, 16, 17, 23, 24, 26 of the table.
