@@ -28,7 +28,8 @@ def test_knn_scores_equal_a_search_by_sklearn():
 
 def test_recall_of_identity_chance_and_ties():
   x = RNG.normal(size=(200, 16))
-  assert retrieval.recall(x, x @ np.linalg.qr(RNG.normal(size=(16, 16)))[0] * 0 + x, 1) == 1.
+  assert retrieval.recall(x, 3 * x + .01 * RNG.normal(size=x.shape) + 5, 1) == 1.      # centred, scale-free
+  assert retrieval.recall(np.full((20, 4), np.nan), np.full((20, 4), np.nan), 10) == 0.
   assert abs(retrieval.recall(x, RNG.normal(size=(200, 16)), 10) - 0.05) < 0.05
   assert retrieval.recall(np.ones((200, 4)), np.ones((200, 4)), 10) == 0.      # a collapsed encoder retrieves nothing
   shifted = np.roll(x, 1, axis=0)
