@@ -108,3 +108,24 @@ def test_sequential_centres_refuse_micro_batches():
   config = tiny.config(**{'loss.nce': 0., 'loss.pair_nce': 0., 'loss.center_updates': 'sequential', 'optim.accum': 2})
   with pytest.raises(validate.ConfigError, match='set optim.accum=1'):
     validate.check_method(config, base.make(config, {'ct': (16, {}), 'xray': (16, {})}))
+
+
+@pytest.mark.slow
+def test_the_preset_runs_from_start_to_end(tmp_path):
+  """Five epochs of one step each on phantoms, at the smallest widths; the last one is CT's."""
+  c = unimiss_plus.get_config('reference').unlock()
+  small = tiny.config()
+  c.epochs, c.data.phantom_records, c.batch.ct, c.batch.xray = 5, 8, 8, 8
+  c.model.update(dict({k: small.model[k] for k in ('embed_dims', 'decoder_dims', 'num_heads', 'decoder_heads')},
+                      depths=(1, 1, 1, 1), image_size=64, volume_size=(16, 64, 64)))
+  c.head.update(small.head.to_dict())
+  c.views.ct.size, c.views.xray.size, c.views.drr.size, c.loss.slices = (16, 64, 64), 64, 64, 8
+  c.optim.update(dict(warmup_epochs=1., freeze_last_layer=1.))
+  c.eval.update(small.eval.to_dict())
+  c.log.every = 1
+  assert train.train_and_evaluate(c.lock(), str(tmp_path)) == 0
+  rows = [key for key in tiny.metrics(tmp_path) if key[1] != 'eval']
+  assert rows == [(0, 'ct'), (1, 'xray'), (2, 'ct'), (3, 'xray'), (4, 'ct')]
+  for (_, phase), row in tiny.metrics(tmp_path).items():
+    if phase != 'eval':
+      assert row['train/skipped'] == 0 and np.isfinite(row['train/loss'])
