@@ -120,7 +120,7 @@ def test_without_decoder_the_embedding_is_the_same(model, params, outputs, shape
   assert np.isfinite(outputs[shape].reconstruction).all()
 
 
-@pytest.mark.parametrize('shape', [(1, 128, 96, 3), (1, 32, 32, 64, 1)])
+@pytest.mark.parametrize('shape', [(1, 128, 128, 3), (1, 96, 160, 3), (1, 32, 32, 64, 1)])
 def test_other_sizes_run_in_encoder_and_decoder(model, params, shape):
   out = jax.jit(lambda p, x: model.apply({'params': p}, x))(params, inputs(shape))
   assert out.reconstruction.shape == shape
@@ -139,6 +139,15 @@ def test_drop_path_is_in_the_decoder_only(params):
   assert not np.array_equal(a.reconstruction[3:], b.reconstruction[3:])
   with pytest.raises(Exception, match='drop_path'):
     jax.eval_shape(lambda p, x: model.apply({'params': p}, x, train=True), params, x)
+
+
+@pytest.mark.parametrize('shape', [IMAGE, VOLUME])
+def test_training_without_drop_path_is_evaluation(params, shape):
+  """One and the same program."""
+  model = MiTPlus(**TINY, decoder_drop_path=0.)
+  programs = {str(jax.make_jaxpr(lambda p, x, train=train: model.apply({'params': p}, x, train=train))(
+      params, jax.ShapeDtypeStruct(shape, 'float32'))) for train in (False, True)}
+  assert len(programs) == 1
 
 
 @pytest.mark.parametrize('shape', [IMAGE, VOLUME])
@@ -231,10 +240,9 @@ def test_drawn_parameters_follow_their_laws(model, params):
   assert abs(np.corrcoef(a, b)[0, 1]) < 4 / a.size**0.5
 
 
-@pytest.mark.realdata
-def test_initialisers_match_a_model_drawn_by_the_released_code(shared):
+def test_initialisers_match_a_model_drawn_by_the_released_code(fixtures):
   """Standard deviation of every tensor above 10^4 numbers, and the largest value of every uniform one."""
-  stats = json.loads((shared / 'fixtures' / 'parity' / 'plus_init_stats_seed0.json').read_text())
+  stats = json.loads((fixtures / 'parity' / 'plus_init_stats_seed0.json').read_text())
   model = MiTPlus()
   shapes = {path: leaf.shape for path, leaf in models.param_shapes(model).items()}
   for path in shapes:

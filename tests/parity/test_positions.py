@@ -80,3 +80,11 @@ def test_at_its_native_size_nothing_is_interpolated(size):
     programs.add(str(jax.make_jaxpr(lambda p, x, m=model: m.apply({'params': p}, x))(
         params, jax.ShapeDtypeStruct(size, 'float32'))))
   assert len(programs) == 1
+
+
+def test_flat_zoom(fixtures):
+  """The released fine-tuning code stretches a table along its tokens, class token and all: written out here only."""
+  stored = np.load(fixtures / 'parity' / 'data_ops.npz')
+  tokens, out = stored['zoom/in'], stored['zoom/out_145']
+  at = np.linspace(0, len(tokens) - 1, len(out))
+  np.testing.assert_allclose(np.stack([np.interp(at, np.arange(len(tokens)), c) for c in tokens.T], 1), out, atol=1e-5)
