@@ -1,5 +1,6 @@
 """Pre-train: python main.py --config=configs/unimiss_plus.py[:preset] --workdir=DIR [--config.a.b=value]."""
 import logging
+import traceback
 
 from absl import app, flags
 from ml_collections import config_flags
@@ -12,6 +13,9 @@ flags.DEFINE_enum('resume', 'auto', ['auto', 'strict', 'force'],
                   'auto: fall back from a damaged checkpoint; strict: refuse; force: accept another config.')
 flags.DEFINE_bool('print_config', False, 'Print the config and exit.')
 flags.DEFINE_bool('debug', False, 'Show the traceback of a user error.')
+flags.DEFINE_string('coordinator', None, 'HOST:PORT of process 0, where no scheduler says it.')
+flags.DEFINE_integer('num_processes', None, 'How many processes there are.')
+flags.DEFINE_integer('process_id', None, 'Which of them this one is.')
 flags.DEFINE_integer('preempt_exit_code', 0, 'Exit code after a save that SIGTERM or SIGUSR1 asked for.')
 USAGE = ('usage: main.py --config=FILE[:preset,key=value] --workdir=DIR [--config.a.b=value] '
          '[--resume=auto|strict|force]')
@@ -30,24 +34,26 @@ def main(argv) -> int:
     return fail(f'missing --workdir. {USAGE}', 2)
   logging.basicConfig(level=logging.INFO, format='%(levelname).1s %(asctime)s %(message)s', datefmt='%H:%M:%S',
                       force=True)
-  for noisy in ('absl', 'orbax', 'jax', 'tensorstore'):
-    logging.getLogger(noisy).setLevel(logging.WARNING)
+  logging.getLogger('jax').setLevel(logging.WARNING)
   from data_pipelines.errors import DataError  # late: a usage error should not wait for jax
-  from unimiss_jax import train
-  from unimiss_jax.checkpoint import CheckpointError
+  from unimiss_jax import processes, train
+  from unimiss_jax.checkpoint import CheckpointError, quiet
   from unimiss_jax.validate import ConfigError
+  quiet()
+  continues = f'What was saved before is in {f.workdir}; the same command continues from there'
   try:
-    return train.train_and_evaluate(f.config, f.workdir, f.resume, f.preempt_exit_code)
-  except (ConfigError, CheckpointError, DataError, train.TrainError) as e:
-    if f.debug:
-      raise
-    return fail(e, 1)
-  except OSError as e:    # a full disk, a vanished share
-    if f.debug:
-      raise
-    return fail(f'{e}. What was saved before is in {f.workdir}; the same command continues from there', 1)
+    processes.join(f.coordinator, f.num_processes, f.process_id)
+    code = train.train_and_evaluate(f.config, f.workdir, f.resume, f.preempt_exit_code)
   except KeyboardInterrupt:
-    return fail(f'interrupted; what was saved before is in {f.workdir}, the same command continues from there', 130)
+    code = fail(f'interrupted. {continues}', 130)
+  except Exception as e:
+    said = isinstance(e, (ConfigError, CheckpointError, DataError, processes.ProcessError, train.TrainError))
+    if f.debug or not said and not isinstance(e, OSError):    # OSError: a full disk, a vanished share
+      traceback.print_exc()
+      code = 1
+    else:
+      code = fail(e if said else f'{e}. {continues}', 1)
+  return processes.leave(code)
 
 
 if __name__ == '__main__':

@@ -101,10 +101,12 @@ def base() -> ConfigDict:
   ))
   c.mesh = ConfigDict(dict(data=-1, fsdp=1))           # -1 fills with what is left
   c.checkpoint = ConfigDict(dict(every=1000, keep=3))  # steps
+  c.init_from = ''                # folder of a run whose weights a new one starts from
   c.eval = ConfigDict(dict(
       every=0,                    # steps; 0 = at the start and the end only
       tasks=('knn', 'retrieval'),
       records=500, fit=300,       # phantoms in all; those that kNN may learn from, the rest is the test
+      select='',                  # score by which best/ is kept, 'eval/knn_auc_ct'; '' = none
       knn='',                     # a labelled manifest.jsonl; '' = phantom findings
   ))
   c.log = ConfigDict(dict(every=50, images_every=0, tensorboard=True, watchdog_min=30.))

@@ -31,6 +31,7 @@ def plain() -> ConfigDict:
   c = common.base()
   c.method = 'unimiss_plus'
   c.epochs = 402                  # pairs of one CT and one X-ray epoch
+  c.eval.select = 'eval/knn_auc_ct'
   c.loss = ConfigDict(dict(
       ct=1.0, drr=0.5, slice=0.1, xray=1.0,             # self-distillation; 0 = the term is not built
       recon_ct=5.0, recon_drr=5.0, recon_xray=5.0,      # MSE(sigmoid(reconstruction), the input)

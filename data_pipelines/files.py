@@ -15,6 +15,21 @@ IMAGES = ('.png', '.jpg', '.jpeg')
 SUFFIXES = {'volume': VOLUMES, 'image': IMAGES}
 
 
+def check_storage(path) -> None:
+  """Raises DataError for a path with a scheme that cannot be read or written here; local paths pass."""
+  scheme, sep, _ = str(path).partition('://')
+  if not sep:
+    return
+  if not str(epath.Path(path)).startswith(scheme + sep):
+    raise DataError('SCHEME', path, f'"{scheme}://" is not supported', 'use a local path or gs://')
+  try:
+    epath.Path(path).exists()
+  except ImportError as e:
+    raise DataError('SCHEME', path, f'"{scheme}://" needs a package ({e})', 'pip install "unimiss_jax[gcs]"') from e
+  except Exception as e:    # every backend has its own
+    raise DataError('UNREADABLE', path, f'{type(e).__name__}: {e}', 'check name, permissions and network') from e
+
+
 class Found(NamedTuple):
   files: list[str]    # sorted; a .hdr/.img pair is one entry, its header
   others: str         # what else lies there: '3 *.csv, 12 *.dcm'
@@ -52,6 +67,7 @@ def find(spec: str, kind: str, leaf: str) -> Found:
 def _expand(part: str) -> list[str]:
   if '://' in part:    # object stores: whole folders, or patterns without `**`
     root, star, rest = part.rstrip('/').partition('*')
+    check_storage(root)
     if star:
       folder, _, name = root.rpartition('/')
       return [str(p) for p in epath.Path(folder).glob(name + star + rest)]

@@ -8,6 +8,7 @@ Decoded files stay in a bounded cache.
 """
 import collections
 import functools
+import hashlib
 import os
 import threading
 from concurrent import futures
@@ -19,6 +20,11 @@ from data_pipelines.errors import DataError
 
 SHOWN = 3                # warnings of one kind; further ones are only counted
 CACHE_BYTES = 1 << 30    # per process: 768 phantoms, or some forty scans
+
+
+def _digest(text: str) -> str:
+  """Tells lists of records apart: a run can go on only with the records that it began with."""
+  return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
 
 
 class Cache:
@@ -93,6 +99,10 @@ class PhantomCT:
               'bad': False}
     return record | ({'whole': volume, 'whole_spacing_mm': spacing} if self.whole else {})
 
+  @property
+  def digest(self) -> str:
+    return _digest(f'phantoms {self.seed} {self.indices}')
+
   def labels(self, i: int) -> dict:
     """{finding: 0 or 1} of record i."""
     return self._get(i)[2]
@@ -118,6 +128,10 @@ class PhantomXray:
 
   def __len__(self):
     return len(self.indices)
+
+  @property
+  def digest(self) -> str:
+    return _digest(f'phantom radiographs {self.seed} {self.indices}')
 
   def __getitem__(self, i: int) -> dict:
     index = self.indices[i]
@@ -170,6 +184,10 @@ class _Folder:
 
   def __len__(self):
     return len(self.parts)
+
+  @functools.cached_property
+  def digest(self) -> str:
+    return _digest('\n'.join(self.name(self.files[file], part) for file, part in self.parts))
 
   def __getitem__(self, i: int) -> dict:
     for shift in range(len(self)):

@@ -50,10 +50,11 @@ class Stream:
     records: number of records of the source.
     spec: {field: (shape, dtype)} of one row.
     source: the record source.
+    digest: hash of the list of its records.
   """
 
   def __init__(self, name, config, source, shard_index=0, shard_count=1):
-    self.name, self.source, self.records = name, source, len(source)
+    self.name, self.source, self.records, self.digest = name, source, len(source), source.digest
     self.batch = config.batch[name]
     self._shard = shard_index, shard_count
     if not self.records:

@@ -22,7 +22,7 @@ def template():
 
 @pytest.fixture
 def saved(tmp_path):
-  c = checkpoint.Checkpoints(tmp_path, keep=2)
+  c = checkpoint.Checkpoints(tmp_path / 'checkpoints', keep=2)
   for i in (1, 2, 3):
     c.save(i, state(i), {'positions': {'ct': 8 * i}})
   c.close()
@@ -36,7 +36,7 @@ def damage(folder, step):
 
 
 def test_newest_comes_back_and_old_ones_go(saved, template):
-  c = checkpoint.Checkpoints(saved, keep=2)
+  c = checkpoint.Checkpoints(saved / 'checkpoints', keep=2)
   assert c.steps() == [2, 3]
   got, meta = c.restore(template)
   np.testing.assert_array_equal(got['kernel'], 3.)
@@ -46,7 +46,7 @@ def test_newest_comes_back_and_old_ones_go(saved, template):
 
 def test_damage_falls_back_with_one_warning_and_deletes_nothing(saved, template, caplog):
   damage(saved, 3)
-  c = checkpoint.Checkpoints(saved, keep=2)
+  c = checkpoint.Checkpoints(saved / 'checkpoints', keep=2)
   with caplog.at_level(logging.WARNING, logger='root'):
     got, meta = c.restore(template)
   assert int(got['step']) == 2 and meta['positions'] == {'ct': 16}
@@ -55,14 +55,14 @@ def test_damage_falls_back_with_one_warning_and_deletes_nothing(saved, template,
   assert (saved / 'damaged' / '3-0' / 'state').is_dir()
   c.save(3, state(7), {'positions': {'ct': 24}})      # the step can be saved again
   c.close()
-  again = checkpoint.Checkpoints(saved, keep=2)
+  again = checkpoint.Checkpoints(saved / 'checkpoints', keep=2)
   assert int(again.restore(template)[0]['step']) == 7
   again.close()
 
 
 def test_strict_refuses_and_nothing_readable_is_an_error(saved, template):
   damage(saved, 3)
-  c = checkpoint.Checkpoints(saved, keep=2)
+  c = checkpoint.Checkpoints(saved / 'checkpoints', keep=2)
   with pytest.raises(checkpoint.CheckpointError, match=r'checkpoints/3 unreadable .* FIX: --resume=auto'):
     c.restore(template, strict=True)
   damage(saved, 2)
@@ -74,7 +74,7 @@ def test_strict_refuses_and_nothing_readable_is_an_error(saved, template):
 def test_another_model_is_refused_and_nothing_is_moved(saved):
   abstract = jax.eval_shape(lambda: {'kernel': jnp.zeros((4, 256)), 'step': jnp.int32(0)})
   other = checkpoint.template(abstract, sharding.shardings(abstract, sharding.make_mesh(-1, 1)))
-  c = checkpoint.Checkpoints(saved, keep=2)
+  c = checkpoint.Checkpoints(saved / 'checkpoints', keep=2)
   with pytest.raises(checkpoint.CheckpointError, match='holds tensors of other names or shapes .* FIX'):
     c.restore(other)
   assert c.steps() == [2, 3]
@@ -82,6 +82,6 @@ def test_another_model_is_refused_and_nothing_is_moved(saved):
 
 
 def test_an_empty_folder_gives_none(tmp_path, template):
-  c = checkpoint.Checkpoints(tmp_path, keep=2)
+  c = checkpoint.Checkpoints(tmp_path / 'checkpoints', keep=2)
   assert c.restore(template) is None
   c.close()

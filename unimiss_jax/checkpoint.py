@@ -1,88 +1,195 @@
 """Checkpoints: state and data positions in one save, asynchronous; the only file that imports orbax.
 
 A damaged newest checkpoint is never deleted: it is moved aside and the next older one is taken with a
-warning, or the run is refused (--resume=strict).
+warning, or the run is refused (--resume=strict). With several processes all of them take the same one.
 """
 import hashlib
+import json
 import logging
+import sys
 
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
 
+from unimiss_jax import processes
 from unimiss_jax.optim import named_leaves
+
+# Orbax would cut every replicated tensor into a piece per device: one compilation for each shape, which stops the loop
+# for many seconds at the first save. The models are small: one replica writes.
+ocp.type_handlers.register_type_handler(
+    jax.Array, ocp.type_handlers.ArrayHandler(use_replica_parallel=False), override=True)
+META = 'meta/metadata'      # where orbax puts a JSON item
+
+
+def quiet() -> None:
+  """Of a save that fails these libraries tell once for every tensor; CheckpointError tells once."""
+  for name in ('absl', 'asyncio', 'orbax'):
+    logging.getLogger(name).setLevel(logging.CRITICAL)
+  show = sys.unraisablehook
+  sys.unraisablehook = lambda a: None if 'Event loop is closed' in str(a.exc_value) else show(a)
 
 
 class CheckpointError(Exception):
-  """Nothing to restore from, or not what was asked for; the message says what to do."""
+  """Nothing to restore from, or not what was asked for, or it could not be written; the message says what to do."""
 
 
 class Checkpoints:
-  """`<workdir>/checkpoints/<step>/{state,meta}`; the last `keep` are kept."""
+  """`<folder>/<step>/{state,meta}`; the last `keep` are kept."""
 
-  def __init__(self, workdir, keep: int):
-    self.folder = epath.Path(workdir).resolve() / 'checkpoints'
+  def __init__(self, folder, keep: int):
+    self.folder = absolute(folder)
+    several = ocp.options.MultiprocessingOptions(barrier_sync_key_prefix=self.folder.name)
     self._manager = ocp.CheckpointManager(self.folder, options=ocp.CheckpointManagerOptions(
-        max_to_keep=keep, enable_async_checkpointing=True, cleanup_tmp_directories=True))
+        max_to_keep=keep, enable_async_checkpointing=True, cleanup_tmp_directories=True,
+        multiprocessing_options=several))
 
   def steps(self) -> list[int]:
     return sorted(self._manager.all_steps())
 
   def save(self, step: int, state, meta: dict) -> None:
-    """Starts the save of `state` at `step`; call it before the next batch is used."""
+    """Starts the save of `state` at `step`; it returns when the state is copied, the files are written meanwhile."""
     if step not in self._manager.all_steps():
-      self._manager.save(step, args=ocp.args.Composite(
-          state=ocp.args.StandardSave(state),
-          meta=ocp.args.JsonSave(meta | {'shapes': shapes_hash(state)})), force=True)
+      with _writing(self.folder, step):
+        self._manager.save(step, args=ocp.args.Composite(
+            state=ocp.args.StandardSave(state),
+            meta=ocp.args.JsonSave(meta | {'shapes': shapes_hash(state)})), force=True)
 
-  def restore(self, template, strict: bool = False):
+  def restore(self, template, strict: bool = False, accept=lambda meta: None):
     """Newest readable (state, meta), or None where there is no checkpoint at all.
 
     Args:
       template: tree of jax.ShapeDtypeStruct with shardings.
       strict: refuse when the newest one is damaged.
+      accept: meta -> why a readable checkpoint does not belong to this run, or None.
 
     Raises:
-      CheckpointError: none is readable, the newest is not and `strict`, or it belongs to another model.
+      CheckpointError: none is readable, the newest is not and `strict`, or it belongs to another model or run.
     """
-    steps = self.steps()
+    steps = processes.gather(self.steps())[0]      # a network file system may show each process another list
     for step, older in zip(reversed(steps), [*reversed(steps[:-1]), None]):
+      folder = self.folder / str(step)
       try:
-        meta = self._manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore())).meta
+        meta = processes.together(lambda f=folder: json.loads((f / META).read_text()))
         if meta['shapes'] != shapes_hash(template):
-          raise CheckpointError(f'checkpoint {self.folder / str(step)} holds tensors of other names or shapes than '
+          raise CheckpointError(f'checkpoint {folder} holds tensors of other names or shapes than '
                                 'this config needs. FIX: use the config of the run, or a new --workdir')
-        args = ocp.args.Composite(state=ocp.args.StandardRestore(template))
-        return self._manager.restore(step, args=args).state, meta
+        if refused := accept(meta):
+          raise CheckpointError(f'checkpoint {folder} {refused}')
+        return processes.together(lambda f=folder: _read(f / 'state', template)), meta
       except CheckpointError:
         raise
       except Exception as e:      # TensorStore and Orbax raise plain exceptions for torn files
-        reason = ' '.join(str(e).split())[:200]
+        reason = ' '.join(f'{type(e).__name__}: {e}'.split())[:200]
         if strict or older is None:
-          raise CheckpointError(f'checkpoint {self.folder / str(step)} unreadable ({reason}). FIX: --resume=auto takes '
+          raise CheckpointError(f'checkpoint {folder} unreadable ({reason}). FIX: --resume=auto takes '
                                 'an older one where there is one, else move the folder away to start anew') from e
         aside = self._set_aside(step)
         logging.warning('checkpoint %d unreadable (%s); continuing from %d; nothing was deleted, it lies in %s',
                         step, reason, older, aside)
     return None
 
-  def _set_aside(self, step: int):
+  def meta(self, step: int) -> dict:
+    return json.loads((self.folder / str(step) / META).read_text())
+
+  def _set_aside(self, step: int) -> str:
     """Moves a damaged checkpoint out of the way, so that its step can be saved again."""
-    aside = self.folder.parent / 'damaged'
-    aside.mkdir(parents=True, exist_ok=True)
-    n = sum(1 for p in aside.iterdir() if p.name.startswith(f'{step}-'))
-    target = aside / f'{step}-{n}'
-    (self.folder / str(step)).rename(target)
+    def move():
+      aside = self.folder.parent / 'damaged'
+      aside.mkdir(parents=True, exist_ok=True)
+      n = sum(1 for p in aside.iterdir() if p.name.startswith(f'{step}-'))
+      (self.folder / str(step)).rename(aside / f'{step}-{n}')
+      return str(aside / f'{step}-{n}')
+    aside = processes.on_main(move)
     self._manager.reload()
-    return target
+    return aside
+
+  def check(self) -> None:
+    """Raises CheckpointError if a save in the background has failed."""
+    with _writing(self.folder):
+      self._manager.check_for_errors()
 
   def wait(self) -> None:
     """Until all saves are on disk."""
-    self._manager.wait_until_finished()
+    with _writing(self.folder):
+      self._manager.wait_until_finished()
 
   def close(self) -> None:
-    self.wait()
-    self._manager.close()
+    try:
+      self.wait()
+    finally:
+      self._manager.close()
+
+
+class _writing:
+  """Whatever goes wrong in a save (Orbax and TensorStore raise plain exceptions) becomes a CheckpointError."""
+
+  def __init__(self, folder, step=None):
+    self.what = folder / str(step) if step is not None else folder
+
+  def __enter__(self):
+    return self
+
+  def __exit__(self, kind, error, trace):
+    if isinstance(error, Exception):
+      raise CheckpointError(f'{self.what} could not be written ({" ".join(str(error).split())[:300]}). FIX: make room '
+                            'or mend the disk; what was saved before is kept, the same command continues from there'
+                            ) from error
+
+
+def _alone(handler):
+  """A reader for which no process waits for another, so that a failure of one is noticed by all."""
+  me = jax.process_index()
+  options = ocp.options.MultiprocessingOptions(primary_host=me, active_processes={me},
+                                               barrier_sync_key_prefix=f'process{me}')
+  return ocp.Checkpointer(handler(multiprocessing_options=options), multiprocessing_options=options)
+
+
+def _read(folder, template):
+  """The state of one checkpoint, placed as `template` says."""
+  return _alone(ocp.StandardCheckpointHandler).restore(folder, args=ocp.args.StandardRestore(template))
+
+
+def newest(path) -> epath.Path | None:
+  """The step folder that a path means: itself, or the newest one of a run; None where there is none."""
+  path = absolute(path)
+  if (path / 'state').exists():
+    return path
+  for folder in (path / 'checkpoints', path):
+    steps = [p for p in folder.iterdir() if p.name.isdigit()] if folder.exists() else []
+    if steps:
+      return max(steps, key=lambda p: int(p.name))
+  return None
+
+
+def read_params(folder) -> dict[str, np.ndarray]:
+  """The trained tensors of a step folder, whatever devices wrote it: {'backbone/...': array}.
+
+  Raises:
+    CheckpointError: it cannot be read.
+  """
+  reader = _alone(ocp.PyTreeCheckpointHandler)
+  try:
+    tree = {'params': reader.metadata(folder / 'state').item_metadata.tree['params']}
+    plain = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), tree)
+    args = ocp.args.PyTreeRestore(item=tree, restore_args=plain, partial_restore=True)
+    return named_leaves(reader.restore(folder / 'state', args=args)['params'])
+  except Exception as e:
+    raise CheckpointError(f'checkpoint {folder} unreadable ({" ".join(str(e).split())[:200]}). FIX: name another one, '
+                          '<run>/checkpoints/<step>') from e
+
+
+def meet(name: str, seconds: int = 3600) -> None:
+  """Until all processes are here. Through the coordinator: in a collective of devices an early one may not wait long
+  (half a minute on CPUs)."""
+  ocp.multihost.get_barrier_sync_fn()(key=name, timeout_ms=1000 * seconds)
+
+
+def absolute(folder) -> epath.Path:
+  """A local folder made absolute, as orbax wants it."""
+  folder = epath.Path(folder)
+  return folder if '://' in str(folder) else folder.resolve()
 
 
 def shapes_hash(tree) -> str:

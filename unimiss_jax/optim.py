@@ -116,5 +116,7 @@ def _clipped(tensors, clip, clip_mode, norm):
   if not clip:
     return tensors
   if clip_mode == 'per_tensor':
-    return {n: x * jnp.minimum(1., clip / (jnp.linalg.norm(x.ravel()) + 1e-6)) for n, x in tensors.items()}
-  return {n: x * jnp.minimum(1., clip / (norm + 1e-6)) for n, x in tensors.items()}
+    norms = {n: jnp.linalg.norm(x.ravel()) for n, x in tensors.items()}
+  else:
+    norms = dict.fromkeys(tensors, norm)
+  return {n: x * jnp.minimum(1., clip / (norms[n] + 1e-6)).astype(x.dtype) for n, x in tensors.items()}

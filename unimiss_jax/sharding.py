@@ -3,6 +3,7 @@
 The batch is split over both axes, large tensors over 'fsdp', everything else is replicated.
 Axes are Auto: the compiler places the collectives.
 """
+import math
 import re
 
 import jax
@@ -71,3 +72,13 @@ def to_devices(batch, mesh):
   """This process's rows of a numpy batch -> global arrays, rows split over all devices."""
   sharding = batch_sharding(mesh)
   return jax.tree.map(lambda a: jax.make_array_from_process_local_data(sharding, a), batch)
+
+
+def from_whole(x, mesh):
+  """[N, ...] that every process holds alike -> global array, rows split over all devices."""
+  return jax.make_array_from_callback(x.shape, batch_sharding(mesh), lambda index: x[index])
+
+
+def bytes_per_device(tree) -> int:
+  """Of the fullest device; leaves have a sharding."""
+  return sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(tree))

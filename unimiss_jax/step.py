@@ -4,7 +4,7 @@ import jax.numpy as jnp
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from unimiss_jax import optim, sharding
+from unimiss_jax import init_from, optim, sharding
 from unimiss_jax.methods.base import Aux
 from unimiss_jax.state import TrainState
 
@@ -20,9 +20,11 @@ def schedules(config, method):
 
 
 def make_init(config, method, optimiser):
-  """key -> the first TrainState; jit it with shardings so that it is born in its place."""
-  def init(key):
+  """(key, {name: tensor} to start from) -> the first TrainState; jit it with shardings so that it is born in place."""
+  def init(key, given):
     params, extra = method.init(key)
+    if given:
+      params, extra = method.init(key, init_from.merge(params, given))
     counters = {'skipped': jnp.zeros((), jnp.int32), 'bad': jnp.zeros((), jnp.int32)}
     return TrainState(jnp.zeros((), jnp.int32), params, {'groups': optimiser.init(params), **counters}, extra)
   return init

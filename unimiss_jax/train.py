@@ -7,25 +7,23 @@ the batch of step n, so a resumed run takes the same batches and draws the same 
 import contextlib
 import ctypes
 import logging
-import signal
 import sys
 from concurrent import futures
 
 import jax
 import numpy as np
-from etils import epath
 
-from data_pipelines import evalset, streams
-from unimiss_jax import checkpoint, optim, sharding, step, validate, workdir
-from unimiss_jax.evals import online
+from data_pipelines import evalset, files, streams
+from unimiss_jax import checkpoint, init_from, optim, processes, sharding, step, validate, workdir
+from unimiss_jax.lifeline import Lifeline
 from unimiss_jax.methods import base
+from unimiss_jax.mirror import Mirror
+from unimiss_jax.observer import Observer
 from unimiss_jax.progress import Progress, Stopwatch, clock
-from unimiss_jax.report import sheets, summary
+from unimiss_jax.report import summary
 from unimiss_jax.state import own, parameters
 from unimiss_jax.watchdog import Watchdog
 from unimiss_jax.writers import EVAL, Writer
-
-EVAL_ROWS = 50      # samples per call of the embedding, chosen by us
 
 
 class TrainError(Exception):
@@ -38,60 +36,59 @@ def train_and_evaluate(config, folder: str, resume: str = 'auto', preempt_exit_c
   Args:
     config: a locked ConfigDict of configs/.
     folder: workdir, see workdir.py.
-    resume: 'auto' falls back from a damaged checkpoint, 'strict' refuses, 'force' accepts another config.
+    resume: 'auto' falls back from a damaged checkpoint, 'strict' refuses, 'force' accepts another config or other
+      records.
     preempt_exit_code: what to return after a save that SIGTERM or SIGUSR1 asked for.
 
   Returns:
     The exit code: 0 when the run is complete.
 
   Raises:
-    ConfigError, CheckpointError, DataError, TrainError: one clear line each.
+    ConfigError, CheckpointError, DataError, TrainError, ProcessError: one clear line each.
   """
   validate.validate(config)
   validate.check_devices(config, jax.device_count())
-  workdir.claim(folder, config, resume)
-  stop = StopSignal()
-  handler = workdir.log_to(folder)
-  run = None
+  files.check_storage(folder)
+  processes.agree('config and versions', {'config': workdir.config_hash(config)} | workdir.versions())
+  processes.on_main(lambda: workdir.claim(folder, config, resume))
+  stop = processes.StopSignal()
+  mirror = Mirror(folder, workdir.continued())
+  handler = workdir.log_to(mirror.local)
+  run, ended, lifeline = None, False, Lifeline()
   try:
-    if workdir.finished(folder, config):
+    if processes.on_main(lambda: workdir.finished(folder, config)):
       logging.info('%s is complete (file DONE), nothing to do; another --workdir starts anew', folder)
       return 0
-    run = Run(config, folder, resume)
-    with Watchdog(config.log.watchdog_min) as watchdog:
-      return run.train(stop, watchdog, preempt_exit_code)
+    with Watchdog(config.log.watchdog_min, lifeline) as watchdog, processes.survivor():
+      run = Run(config, folder, mirror, resume)
+      code = run.train(stop, watchdog, preempt_exit_code)
+    ended = True
+    return code
+  except TrainError:      # all processes see it at the same step
+    ended = True
+    raise
   finally:
     stop.restore()
+    lifeline.close()
     if run:
-      run.close()
+      run.close(wait=ended or jax.process_count() == 1)
     logging.getLogger().removeHandler(handler)
     handler.close()
-
-
-class StopSignal:
-  """SIGTERM or SIGUSR1 asks for a save and an orderly end after the current step."""
-
-  def __init__(self):
-    self.received = None
-    self._former = {s: signal.signal(s, self._set) for s in (signal.SIGTERM, signal.SIGUSR1)}
-
-  def _set(self, number, frame):
-    self.received = signal.Signals(number).name
-
-  def restore(self):
-    for s, handler in self._former.items():
-      signal.signal(s, handler)
+    mirror.close()
 
 
 class Run:
   """Everything of one run that lives in memory, built in the order in which it depends on each other."""
 
-  def __init__(self, config, folder, resume):
-    self.config, self.folder = config, folder
-    self.main = jax.process_index() == 0
-    self.writer = self.evalset = None
+  def __init__(self, config, folder, mirror, resume):
+    self.config, self.folder, self.mirror = config, folder, mirror
+    self.main = processes.main()
+    self.writer = None
     self.mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp)
-    self.streams = streams.build(config, validate.streams(config), jax.process_index(), jax.process_count())
+    self.streams = processes.together(
+        lambda: streams.build(config, validate.streams(config), jax.process_index(), jax.process_count()))
+    self.records = {n: {'count': s.records, 'hash': s.digest} for n, s in self.streams.items()}
+    processes.agree('records', self.records)
     self.method = validate.made(base.make, config, {n: (s.records, s.spec) for n, s in self.streams.items()})
     validate.check_method(config, self.method)
     self.total = self.method.total_steps
@@ -99,13 +96,16 @@ class Run:
 
     init = step.make_init(config, self.method, self.optimiser)
     key = jax.random.key(config.seed)
-    abstract = jax.eval_shape(init, key)
+    abstract = jax.eval_shape(init, key, {})
     placed = sharding.shardings(abstract, self.mesh)
-    self.checkpoints = checkpoint.Checkpoints(folder, config.checkpoint.keep)
+    self.checkpoints = checkpoint.Checkpoints(checkpoint.absolute(folder) / 'checkpoints', config.checkpoint.keep)
+    self.best = checkpoint.Checkpoints(checkpoint.absolute(folder) / 'best', 1) if config.eval.select else None
     template = checkpoint.template(abstract, placed)
-    restored = self.checkpoints.restore(template, strict=resume == 'strict')
+    restored = self.checkpoints.restore(template, resume == 'strict',
+                                        self.refusal if resume != 'force' else lambda meta: None)
     if restored is None:
-      self.state = jax.jit(init, out_shardings=placed)(key)
+      given = processes.together(lambda: init_from.read(config.init_from, abstract.params)) if config.init_from else {}
+      self.state = jax.jit(init, out_shardings=placed)(key, given)
     else:
       state, meta = restored
       self.state = own(state)
@@ -116,10 +116,18 @@ class Run:
     pool = futures.ThreadPoolExecutor(1)      # compiles while phantoms are drawn and evaluated; one at a time: memory
     self.steps = {n: pool.submit(self.compile, n, template) for n in self.method.phases}
     pool.shutdown(wait=False)
-    branch = 'teacher' if 'teacher' in self.method.weights else 'student'
-    weights = self.method.weights[branch]
-    self.predict = {n: jax.jit(lambda s, b, f=f: f(weights(s.params, s.extra), s.extra, b))
-                    for n, f in self.method.predict.items()}
+
+  def refusal(self, meta) -> str | None:
+    """Why a checkpoint is not this run's."""
+    force = 'or --resume=force to go on with what is there now'
+    if meta['config_hash'] != workdir.config_hash(self.config):
+      return f'was written by another config. FIX: use a new --workdir, {force}'
+    for name, mine in self.records.items():
+      theirs = meta['records'].get(name)
+      if theirs and theirs != mine:
+        return (f'was written with {theirs["count"]} other records of data.{name} ({mine["count"]} now): the samples '
+                f'would not be the same. FIX: bring the files back (lines above name the skipped ones), {force}')
+    return None
 
   def compile(self, phase, state):
     """The step of a phase for the shapes of `state` and of the streams; it donates its state."""
@@ -132,13 +140,14 @@ class Run:
     return jax.jit(f, donate_argnums=0, out_shardings=out).lower(state, batch).compile()
 
   def train(self, stop, watchdog, preempt_exit_code) -> int:
+    """The loop from where the state stands; returns the exit code."""
     config, total = self.config, self.total
     start = int(self.state.step)
     if self.main:
-      self.writer = Writer(self.folder, start, config.log.tensorboard)
-      self.describe()
-      self.evalset = evalset.build(config) if config.eval.tasks else None
-      self.preview = evalset.preview(config, self.streams)
+      self.writer = Writer(self.mirror.local, start, config.log.tensorboard)
+    self.describe()
+    self.observer = Observer(config, self.method, self.mesh, evalset.build(config) if config.eval.tasks else None,
+                             evalset.preview(config, self.streams))
     plan = [self.method.schedule(i)[0] for i in range(total)]
     names = tuple(self.method.phases)
     progress = Progress(np.array([names.index(p) for p in plan], int), names)
@@ -146,6 +155,7 @@ class Run:
     if start == 0:
       self.evaluate(0)
     steps = {n: s.result() for n, s in self.steps.items()}
+    checkpoint.meet('steps compiled')
     trim_memory()
     fetcher = futures.ThreadPoolExecutor(1)     # draws the next batch while the device works
     batch = self.take(plan[start]) if start < total else None
@@ -160,13 +170,13 @@ class Run:
           batch = fetched.result() if fetched else None
       watchdog.alive()
       progress.add(name, self.method.phases[name].streams, waiting.seconds, whole.seconds)
-      skipped, last, asked = int(metrics['train/skipped']), after == total, stop.received
+      skipped, last, asked = int(metrics['train/skipped']), after == total, stop.asked(after)
       if skipped or last or i in logged:
         self.log(i, name, metrics, progress)
       if skipped:
         self.skipped(i, name, metrics)
       if last or config.eval.every and after % config.eval.every == 0:
-        self.evaluate(after)
+        self.evaluate(after, positions)
       if last or config.log.images_every and after % config.log.images_every == 0:
         self.pictures(after)
       if last or asked or after % config.checkpoint.every == 0:
@@ -179,8 +189,7 @@ class Run:
     self.checkpoints.wait()
     if self.main:
       workdir.finish(self.folder, config)
-      tests = int((~self.evalset.fit['ct']).sum()) if self.evalset and 'ct' in self.evalset.fit else 0
-      summary.show(self.folder, self.method, tests)
+      summary.show(self.mirror.local, self.method, self.observer.tests())
     return 0
 
   def take(self, phase):
@@ -189,11 +198,13 @@ class Run:
   def describe(self):
     lr, _ = step.schedules(self.config, self.method)
     levels = {f'{n} {k[6:]} {v:.3f}' for n, p in self.method.phases.items() for k, v in p.chance.items()}
-    logging.info('%s, preset %s | %.2f M parameters | %d steps, %d an epoch | %s | mesh %s | learning rate %.2e',
-                 self.config.method, self.config.preset, parameters(self.state.params) / 1e6, self.total,
-                 self.method.steps_per_epoch,
+    logging.info('%s, preset %s | %.2f M parameters, state %.2f GB a device | %d steps, %d an epoch | %s | '
+                 'mesh %s, %d processes | learning rate %.2e',
+                 self.config.method, self.config.preset, parameters(self.state.params) / 1e6,
+                 sharding.bytes_per_device(self.state) / 1e9, self.total, self.method.steps_per_epoch,
                  ', '.join(f'{s.records} {n} records' for n, s in self.streams.items()),
-                 dict(self.mesh.shape), max(float(lr(i)) for i in range(0, self.total, max(self.total // 1000, 1))))
+                 dict(self.mesh.shape), jax.process_count(),
+                 max(float(lr(i)) for i in range(0, self.total, max(self.total // 1000, 1))))
     if levels:
       logging.info('chance level: %s', ', '.join(sorted(levels)))
 
@@ -204,6 +215,7 @@ class Run:
     if self.main:
       self.writer.write_scalars(i, values | perf, phase)
       logging.info(progress.line(i + 1, phase, values, perf))
+      self.mirror.push()
 
   def skipped(self, i, phase, metrics):
     row = int(metrics['train/skipped_in_a_row'])
@@ -214,50 +226,57 @@ class Run:
       raise TrainError(f'step {i} {phase}: {row} steps in a row were not finite; the last good checkpoint is '
                        f'{kept[-1] if kept else "none"}. FIX: lower optim.lr, set optim.clip, or check the data')
 
-  def evaluate(self, at: int):
-    if not self.evalset:
+  def evaluate(self, at: int, positions=None):
+    if not self.observer.evalset:
       return
     with Stopwatch() as watch:
-      features = {k: self.embed(k, x) for k, x in self.evalset.views.items()}
-      values = online.run(features, self.evalset, self.config.eval.tasks)
-    values = {k: v for k, v in values.items() if np.isfinite(v)}
-    if at == 0:
-      values |= online.control(self.evalset, self.config.eval.tasks, self.config.drr.view)
-    self.writer.write_scalars(at, values, EVAL)
+      values = self.observer.scores(self.state, at)
+    if self.main:
+      self.writer.write_scalars(at, values, EVAL)
     short = {k: v for k, v in values.items() if k.count('/') == 1}
-    logging.info('eval step %d on %s (%s): %s', at, self.evalset.name, clock(watch.seconds),
+    logging.info('eval step %d on %s (%s): %s', at, self.observer.evalset.name, clock(watch.seconds),
                  ', '.join(f'{k[5:]} {v:.3f}' for k, v in short.items()))
+    if positions is not None and self.best:
+      self.keep_best(at, positions, values)
 
-  def embed(self, name, x):
-    """[N, 1, ...] -> [N, E] in calls of one static size."""
-    out = []
-    for at in range(0, len(x), EVAL_ROWS):
-      part = x[at:at + EVAL_ROWS]
-      padded = np.concatenate([part, np.repeat(part[-1:], EVAL_ROWS - len(part), 0)])
-      out.append(np.asarray(self.predict['embed'](self.state, {name: padded})[name])[:len(part), 0])
-    return np.concatenate(out)
+  def keep_best(self, at, positions, values):
+    """A checkpoint in best/ if eval.select rose; process 0 decides for all."""
+    name = self.config.eval.select
+    value, = processes.gather(values.get(name))[:1]
+    if value is None:
+      logging.warning('eval.select="%s" is not among the scores (%s): no best checkpoint is kept', name,
+                      ', '.join(values) or 'none')
+      return
+    kept = self.best.steps()
+    if not kept or value > self.best.meta(kept[-1])['value']:
+      self.best.save(at, self.state, self.about(positions) | {'select': name, 'value': value})
 
   def pictures(self, at: int):
-    if not self.main:
-      return
-    reconstruction = {}
-    if 'reconstruct' in self.predict:
-      for part in self.preview.values():
-        reconstruction |= jax.device_get(self.predict['reconstruct'](self.state, part['views']))
-    made = sheets.write(self.folder, at, self.preview, reconstruction, self.config.drr.view)
-    self.writer.write_images(at, {f'sheets/{epath.Path(p).stem.split("_")[0]}': np.stack([np.asarray(s)] * 3, -1)
-                                  for p, s in made.items()})
-    logging.info('pictures: %s', ', '.join(made))
+    reconstructions = self.observer.reconstructions(self.state)
+    if self.main:
+      made = self.observer.sheets(self.mirror.local, at, reconstructions)
+      self.writer.write_images(at, {f'sheets/{name}': image for name, (_, image) in made.items()})
+      logging.info('pictures: %s', ', '.join(path for path, _ in made.values()))
 
   def save(self, at: int, positions):
-    self.checkpoints.save(at, self.state, {
-        'format': 1, 'positions': positions, 'config_hash': workdir.config_hash(self.config),
-        'versions': workdir.versions()})
+    with Stopwatch() as watch:
+      self.checkpoints.save(at, self.state, self.about(positions))
+    logging.info('checkpoint of step %d: the loop stood still for %.2f s, the files are written meanwhile', at,
+                 watch.seconds)
+    self.mirror.push()
 
-  def close(self):
-    """Ends threads; what was being saved is saved, whatever else went wrong."""
+  def about(self, positions) -> dict:
+    """What a checkpoint says of itself."""
+    return {'format': 1, 'positions': positions, 'records': self.records,
+            'config_hash': workdir.config_hash(self.config), 'versions': workdir.versions()}
+
+  def close(self, wait: bool):
+    """Ends threads. With wait, what was being saved is saved, whatever else went wrong; without other processes that
+    take part it cannot be."""
     with contextlib.ExitStack() as stack:
-      stack.callback(self.checkpoints.close)
+      for checkpoints in (self.checkpoints, self.best):
+        if checkpoints and wait:
+          stack.callback(checkpoints.close)
       for stream in self.streams.values():
         stack.callback(stream.close)
       if self.writer:

@@ -42,7 +42,7 @@ def versions() -> dict[str, str]:
 
 
 def claim(workdir, config, resume: str) -> None:
-  """Makes the folder this run's.
+  """Makes the folder this run's; one process does.
 
   Raises:
     ConfigError: the folder holds a run with another config (unless resume='force').
@@ -58,11 +58,9 @@ def claim(workdir, config, resume: str) -> None:
     if changed and resume != 'force':
       raise ConfigError(f'workdir {workdir} holds a run with another config: {"; ".join(changed)}. '
                         'FIX: use a new --workdir, or --resume=force to go on with the new config')
-  if jax.process_index() == 0:
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / 'logs').mkdir(exist_ok=True)
-    file.write_text(json.dumps(config.to_dict(), indent=1, sort_keys=True, default=str))
-    (folder / 'env.json').write_text(json.dumps(environment(), indent=1))
+  folder.mkdir(parents=True, exist_ok=True)
+  file.write_text(json.dumps(config.to_dict(), indent=1, sort_keys=True, default=str))
+  (folder / 'env.json').write_text(json.dumps(environment(), indent=1))
 
 
 def _began(folder) -> bool:
@@ -81,17 +79,26 @@ def finish(workdir, config) -> None:
   (epath.Path(workdir) / 'DONE').write_text(json.dumps(config_hash(config)))
 
 
+def continued() -> tuple[str, ...]:
+  """Small files that a later life of a run appends to."""
+  return 'metrics.jsonl', log_file()
+
+
 def environment() -> dict:
   return {'python': platform.python_version(), 'platform': platform.platform(), 'packages': versions(),
           'devices': [f'{d.platform} {d.device_kind}' for d in jax.devices()], 'hosts': jax.process_count(),
           'command': sys.argv}
 
 
-def log_to(workdir) -> logging.Handler:
-  """Also writes every log line of this process to logs/host_<i>.txt."""
-  folder = epath.Path(workdir) / 'logs'
-  folder.mkdir(parents=True, exist_ok=True)
-  handler = logging.FileHandler(folder / f'host_{jax.process_index()}.txt')
+def log_file() -> str:
+  return f'logs/host_{jax.process_index()}.txt'
+
+
+def log_to(local) -> logging.Handler:
+  """Also writes every log line of this process to logs/host_<i>.txt below a local folder."""
+  file = local / log_file()
+  file.parent.mkdir(parents=True, exist_ok=True)
+  handler = logging.FileHandler(file)
   handler.setFormatter(logging.Formatter('%(asctime)s %(levelname)s %(message)s'))
   logging.getLogger().addHandler(handler)
   return handler

@@ -32,3 +32,8 @@ def metrics(folder) -> dict:
   assert len({(r['step'], r['phase']) for r in rows}) == len(rows), 'a step was logged twice'
   return {(r['step'], r['phase']): {k: v for k, v in r.items() if not k.startswith('perf/') and k != 'data/wait_frac'}
           for r in rows}
+
+
+def get_config(arg=None):
+  """For main.py --config=tests/e2e/tiny.py."""
+  return config()

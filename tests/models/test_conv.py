@@ -86,3 +86,11 @@ def test_transposed_conv_is_the_transpose_of_the_patch_convolution():
   y = draw(2, (2, 6, 8, 5))
   forward = jnp.vdot(conv.transposed_conv(x, w), y)
   np.testing.assert_allclose(forward, jnp.vdot(x, conv.patch_conv(y, w.swapaxes(-1, -2))), rtol=1e-5)
+
+
+def test_one_patch_that_fills_a_volume():
+  """Rank-8 sums over the batch end the process with a segmentation fault in the CPU library of jaxlib 0.10."""
+  rng = np.random.default_rng(0)
+  x, w, g = (rng.normal(size=s).astype(np.float32) for s in ((2, 8, 8, 8, 8), (8, 8, 8, 1, 8), (2, 1, 1, 1, 8)))
+  got = jax.jit(jax.grad(lambda w, x, g: (conv.depthwise_patch_conv(x, w) * g).sum()))(w, x, g)
+  np.testing.assert_allclose(got[..., 0, :], np.einsum('bijkc,bc->ijkc', x, g[:, 0, 0, 0]), rtol=1e-5, atol=1e-5)

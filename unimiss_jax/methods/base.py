@@ -21,7 +21,7 @@ class Phase(NamedTuple):
 
 
 class Method(NamedTuple):
-  init: Callable                 # key -> (params, extra)
+  init: Callable                 # (key, params=None) -> (params, extra); params: start from these instead
   groups: Callable               # parameter name -> group; 'fixed' is never trained
   phases: Mapping[str, Phase]
   schedule: Callable             # step -> (phase name, boundary or None): pure, all processes agree

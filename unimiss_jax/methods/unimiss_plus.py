@@ -39,17 +39,18 @@ def make(config, data) -> Method:
   model = models.build(config.model)
   h = config.head
   head = DINOHead(out_dim=h.out_dim, hidden_dim=h.hidden_dim, bottleneck_dim=h.bottleneck_dim, last_layer=distils,
-                  linear_init=config.model.init)
+                  linear_init=config.model.init, dtype=config.model.dtype)
   embed_dim = config.model.embed_dims[-1]
   momentum = cosine_schedule(config.ema.momentum, config.ema.momentum_end, total, 0)
   teacher_temp = distillation.temperature_schedule(
       loss.warmup_teacher_temp, loss.teacher_temp, loss.teacher_temp_warmup, steps_per_epoch)
   center_of_next = importlib.import_module(CENTER_UPDATES[loss.center_updates]).center_of_next
 
-  def init(key):
-    k_backbone, k_head = jax.random.split(key)
-    params = {'backbone': models.init_params(model, k_backbone),
-              'head': head.init(k_head, jnp.zeros((1, embed_dim)))['params']}
+  def init(key, params=None):
+    if params is None:
+      k_backbone, k_head = jax.random.split(key)
+      params = {'backbone': models.init_params(model, k_backbone),
+                'head': head.init(k_head, jnp.zeros((1, embed_dim)))['params']}
     if not distils:
       return params, {}
     return params, {'teacher': jax.tree.map(jnp.copy, params), 'center': jnp.zeros((1, h.out_dim))}

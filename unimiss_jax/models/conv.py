@@ -117,9 +117,11 @@ def depthwise_patch_conv(x, kernel):
   """`patch_conv` of each channel by itself: [B, *S, C], [*k, 1, C] -> [B, *S // k, C]."""
   k = kernel.shape[:-2]
   n = len(k)
-  x = _blocks(x, k)
-  kernel = kernel.reshape(*(s for q in k for s in (1, q)), -1)   # [1, k, 1, k, ..., C]
-  return (x * kernel).sum(tuple(range(2, 2 * n + 1, 2)))
+  x = _blocks(x, k)                                          # [B, g, k, g, k, ..., C]
+  out = *x.shape[:2], *x.shape[3:-1:2], x.shape[-1]
+  x = x.reshape(-1, *x.shape[2:])                            # rank 8 crashes the CPU library of jaxlib 0.10
+  kernel = kernel.reshape(*(s for q in k for s in (1, q)), -1)[0]   # [k, 1, k, ..., C]
+  return (x * kernel).sum(tuple(range(1, 2 * n, 2))).reshape(out)
 
 
 def patch_mean(x, size):

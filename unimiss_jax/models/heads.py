@@ -1,11 +1,13 @@
 """The projection head of DINO (Caron et al., ICCV 2021): MLP, L2 norm, weight-normed prototypes of fixed length 1."""
 from __future__ import annotations
 
+from typing import Any
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from unimiss_jax.models.layers import gelu
+from unimiss_jax.models.layers import gelu, wide
 
 LINEAR_INITS = {'released': nn.initializers.normal(0.02),
                 'fan_in': nn.initializers.variance_scaling(1.0, 'fan_in', 'normal')}
@@ -19,18 +21,21 @@ class DINOHead(nn.Module):
     hidden_dim, bottleneck_dim: widths of the three-layer MLP.
     last_layer: False = the prototypes are not built.
     linear_init: 'released' = N(0, 0.02), 'fan_in' = N(0, 1 / sqrt(fan_in)).
+    dtype: of the run; parameters are never narrower than float32.
   """
   out_dim: int = 65536
   hidden_dim: int = 2048
   bottleneck_dim: int = 256
   last_layer: bool = True
   linear_init: str = 'released'
+  dtype: Any = jnp.float32
 
   def setup(self):
-    dense = lambda features: nn.Dense(features, kernel_init=LINEAR_INITS[self.linear_init])
+    stored = wide(self.dtype)
+    dense = lambda features: nn.Dense(features, kernel_init=LINEAR_INITS[self.linear_init], param_dtype=stored)
     self.mlp_0, self.mlp_2, self.mlp_4 = dense(self.hidden_dim), dense(self.hidden_dim), dense(self.bottleneck_dim)
     if self.last_layer:
-      self.prototypes = Prototypes(self.out_dim, name='last_layer')
+      self.prototypes = Prototypes(self.out_dim, stored, name='last_layer')
 
   def __call__(self, x):
     z = self.project(x)
@@ -44,14 +49,15 @@ class DINOHead(nn.Module):
 class Prototypes(nn.Module):
   """Cosines of z [B, D] to `features` directions; weight_g is kept for porting, it stays 1 and gets no gradient."""
   features: int
+  stored: Any = jnp.float32
 
   @nn.compact
   def __call__(self, z):
     bound = z.shape[-1]**-0.5
-    v = self.param('weight_v', lambda key, shape: jax.random.uniform(key, shape, jnp.float32, -bound, bound),
+    v = self.param('weight_v', lambda key, shape: jax.random.uniform(key, shape, self.stored, -bound, bound),
                    (self.features, z.shape[-1]))
-    g = self.param('weight_g', nn.initializers.ones, (self.features, 1))
-    z = z.astype(jnp.promote_types(z.dtype, jnp.float32))
+    g = self.param('weight_g', nn.initializers.ones, (self.features, 1), self.stored)
+    z = z.astype(wide(z.dtype))
     z = z / jnp.sqrt(jnp.maximum((z * z).sum(-1, keepdims=True), 1e-24))       # z / max(|z|, 1e-12), finite at 0
     w = jax.lax.stop_gradient(g) * v / jnp.linalg.norm(v, axis=-1, keepdims=True)
     return z @ w.T

@@ -1,0 +1,174 @@
+"""Several processes as one program: how they start, agree, stop together and never wait for a dead one.
+
+Engine: jax.distributed. A process joins by flags or by what its scheduler says (TPU, Slurm, GKE, Open MPI); then the
+same code runs everywhere, and whatever only one of them can know goes through `together` or `agree`.
+"""
+import contextlib
+import importlib.util
+import json
+import logging
+import os
+import signal
+import sys
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+
+BARRIER_S = 1800      # start-up: the machines of a pod come up minutes apart
+SCHEDULERS = (        # variable -> is there more than this process?
+    ('SLURM_STEP_NUM_TASKS', lambda v: int(v) > 1),
+    ('OMPI_COMM_WORLD_SIZE', lambda v: int(v) > 1),
+    ('TPU_WORKER_HOSTNAMES', lambda v: ',' in v),          # Cloud TPU and GKE
+    ('MEGASCALE_NUM_SLICES', lambda v: int(v) > 1),
+    ('JOB_COMPLETION_INDEX', lambda v: importlib.util.find_spec('kubernetes') is not None),    # else jax cannot ask
+)
+
+
+class ProcessError(Exception):
+  """This process is not at fault, but cannot go on alone; the message says which one is."""
+
+
+def join(coordinator: str | None = None, num_processes: int | None = None, process_id: int | None = None) -> None:
+  """Makes this process one of several; a no-op where nothing asks for it. Call it before jax touches a device.
+
+  Args:
+    coordinator: host:port of process 0; with it num_processes and process_id are needed too.
+
+  Raises:
+    ProcessError: the flags contradict each other, or the others did not come within half an hour.
+  """
+  given = coordinator, num_processes, process_id
+  flags = '--coordinator=HOST:PORT --num_processes=N --process_id=I'
+  if any(g is not None for g in given):
+    if None in given:
+      raise ProcessError(f'all three or none of {flags} must be given')
+    if ':' not in coordinator or not 0 <= process_id < num_processes:
+      raise ProcessError(f'--coordinator={coordinator} --num_processes={num_processes} --process_id={process_id}: '
+                         f'needs HOST:PORT and 0 <= I < N in {flags}')
+  elif not (found := scheduler()):
+    return
+  else:
+    logging.info('several processes, as %s says', found)
+  try:
+    jax.distributed.initialize(*given, initialization_timeout=BARRIER_S)
+  except Exception as e:
+    raise ProcessError(f'the processes did not find each other ({" ".join(str(e).split())[:200]}). FIX: check that all '
+                       f'were started and reach process 0, or give {flags}') from e
+  if not main():      # on a terminal that all share only process 0 tells of progress; warnings come from each
+    for handler in logging.getLogger().handlers:
+      handler.setLevel(logging.WARNING)
+
+
+def scheduler() -> str | None:
+  """The environment variable by which a scheduler says that it started several processes."""
+  for name, several in SCHEDULERS:
+    try:
+      if name in os.environ and several(os.environ[name]):
+        return name
+    except ValueError:
+      continue
+  return None
+
+
+def main() -> bool:
+  """Whether this process is the one that writes files and talks."""
+  return jax.process_index() == 0
+
+
+def gather(value) -> list:
+  """[value of process 0, of process 1, ...]; JSON values; every process must call it."""
+  if jax.process_count() == 1:
+    return [value]
+  data = np.frombuffer(json.dumps(value).encode(), np.uint8)
+  sizes = multihost_utils.process_allgather(np.int32(len(data)))
+  rows = multihost_utils.process_allgather(np.pad(data, (0, int(sizes.max()) - len(data))))
+  return [json.loads(bytes(row[:n])) for row, n in zip(rows, sizes)]
+
+
+def together(f):
+  """f() on every process, which must not communicate; if it raises on one, all raise.
+
+  Returns:
+    f() of this process.
+
+  Raises:
+    ProcessError: f raised elsewhere only.
+  """
+  result = error = None
+  try:
+    result = f()
+  except Exception as e:
+    error = e
+  others = gather(' '.join(str(error).split()) or type(error).__name__ if error else None)
+  if error:
+    raise error
+  for i, text in enumerate(others):
+    if text:
+      raise ProcessError(f'process {i}: {text}')
+  return result
+
+
+def on_main(f):
+  """f() on process 0 alone, its value (JSON) and its error everywhere."""
+  return gather(together(f if main() else lambda: None))[0]
+
+
+def agree(what: str, value: dict) -> None:
+  """Raises ProcessError, with the keys that differ, unless all processes hold the same value."""
+  values = gather(value)
+  for i, other in enumerate(values):
+    if other != values[0]:
+      keys = [f'{k} {values[0].get(k)} / {other.get(k)}' for k in values[0] | other if values[0].get(k) != other.get(k)]
+      raise ProcessError(f'{what} of process 0 and {i} differ: {"; ".join(keys)}. FIX: start all of them alike')
+
+
+@contextlib.contextmanager
+def survivor():
+  """A collective that fails because another process is gone becomes a ProcessError."""
+  try:
+    yield
+  except jax.errors.JaxRuntimeError as e:
+    if jax.process_count() == 1:
+      raise
+    raise ProcessError(f'another process ended or was cut off ({" ".join(str(e).split())[:120]}). FIX: see its log; '
+                       'the same command on all of them continues from the last checkpoint') from e
+
+
+class StopSignal:
+  """SIGTERM or SIGUSR1 asks for a save and an orderly end after the current step.
+
+  With several processes a signal to one of them stops all at the same step: jax's preemption service listens to
+  SIGTERM (a handler of ours would silence it) and agrees on the step; SIGUSR1 is passed on to it.
+  """
+
+  def __init__(self):
+    self.received = None
+    self.several = jax.process_count() > 1
+    signals = (signal.SIGUSR1,) if self.several else (signal.SIGTERM, signal.SIGUSR1)
+    self._former = {s: signal.signal(s, self._set) for s in signals}
+
+  def _set(self, number, frame):
+    self.received = signal.Signals(number).name
+    if self.several:
+      os.kill(os.getpid(), signal.SIGTERM)
+
+  def asked(self, step: int) -> str | None:
+    """After `step` steps, on every process: why to stop now, or None."""
+    if not self.several:
+      return self.received
+    return 'preemption' if multihost_utils.reached_preemption_sync_point(step) else None
+
+  def restore(self):
+    for s, handler in self._former.items():
+      signal.signal(s, handler)
+
+
+def leave(code: int) -> int:
+  """Exit code of a process; with several, a failed one ends here at once, so that the others see it and end too."""
+  if code and jax.distributed.is_initialized():
+    logging.shutdown()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+  return code
