@@ -14,6 +14,7 @@ setup(
         'clu>=0.0.12',
         'etils[epath]',
         'flax>=0.12.8,<0.13',
+        'fsspec',
         'grain>=0.2.18,<0.3',
         'importlib_resources; python_version >= "3.12"',
         'jax>=0.10.2',

@@ -6,6 +6,7 @@ import sys
 import time
 from typing import NamedTuple
 
+import fsspec
 from etils import epath
 
 from data_pipelines.errors import DataError
@@ -20,10 +21,10 @@ def check_storage(path) -> None:
   scheme, sep, _ = str(path).partition('://')
   if not sep:
     return
-  if not str(epath.Path(path)).startswith(scheme + sep):
-    raise DataError('SCHEME', path, f'"{scheme}://" is not supported', 'use a local path or gs://')
   try:
     epath.Path(path).exists()
+  except KeyError as e:
+    raise DataError('SCHEME', path, f'"{scheme}://" is not supported', 'use a local path or gs://') from e
   except ImportError as e:
     raise DataError('SCHEME', path, f'"{scheme}://" needs a package ({e})', 'pip install "unimiss_jax[gcs]"') from e
   except Exception as e:    # every backend has its own
@@ -65,13 +66,11 @@ def find(spec: str, kind: str, leaf: str) -> Found:
 
 
 def _expand(part: str) -> list[str]:
-  if '://' in part:    # object stores: whole folders, or patterns without `**`
-    root, star, rest = part.rstrip('/').partition('*')
-    check_storage(root)
-    if star:
-      folder, _, name = root.rpartition('/')
-      return [str(p) for p in epath.Path(folder).glob(name + star + rest)]
-    return [str(folder / name) for folder, _, names in epath.Path(root).walk() for name in names]
+  if '://' in part:    # epath's own walk loses the scheme
+    check_storage(part.partition('*')[0])
+    system, path = fsspec.core.url_to_fs(part)
+    found = system.glob(path) if '*' in path else system.find(path)
+    return [f'{part.partition("://")[0]}://{p.lstrip("/")}' for p in found]
   part = os.path.expanduser(part)
   out = []
   for match in [part] if os.path.exists(part) else glob.glob(part, recursive=True):

@@ -9,7 +9,9 @@ os.environ.setdefault('JAX_COMPILATION_CACHE_DIR', str(ROOT / '.cache' / 'xla'))
 os.environ.setdefault('JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS', '0')
 os.environ.setdefault('JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES', '-1')
 
+import fsspec  # noqa: E402
 import pytest  # noqa: E402
+from etils.epath import backend, gpath, register  # noqa: E402
 
 
 @pytest.fixture(scope='session')
@@ -25,3 +27,20 @@ def shared() -> pathlib.Path:
   if not (path / 'data').is_dir():
     pytest.skip(f'no shared data at {path}: set UNIMISS_SHARED to run this test')
   return path
+
+
+class _Memory(type(backend.fsspec_backend)):
+  def fs(self, path):
+    return fsspec.filesystem('memory')
+
+
+@pytest.fixture
+def memory(monkeypatch) -> str:
+  """'memory://<name>', an empty remote folder that epath can read and write: stands for gs://."""
+  monkeypatch.setattr(gpath, '_URI_PREFIXES', (*gpath._URI_PREFIXES, 'memory://'))
+  monkeypatch.setattr(gpath, '_URI_SCHEMES', gpath._URI_SCHEMES | {'memory'})
+  monkeypatch.setitem(gpath._URI_MAP_ROOT, 'memory://', '/memory/')
+  monkeypatch.setitem(gpath._PREFIX_TO_BACKEND, 'memory', _Memory())
+  monkeypatch.setitem(register._URI_PREFIXES_TO_CLS, 'memory://', gpath.PosixGPath)
+  fsspec.filesystem('memory').store.clear()
+  return 'memory://bucket'

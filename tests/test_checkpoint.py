@@ -1,5 +1,7 @@
 """Save, restore, keep, and what happens to a damaged checkpoint."""
 import logging
+import re
+import shutil
 
 import jax
 import jax.numpy as jnp
@@ -85,3 +87,69 @@ def test_an_empty_folder_gives_none(tmp_path, template):
   c = checkpoint.Checkpoints(tmp_path / 'checkpoints', keep=2)
   assert c.restore(template) is None
   c.close()
+
+
+def half(folder):
+  """What a machine that dies while it writes can leave of a checkpoint that already has its name."""
+  for f in list((folder / 'state').rglob('*')):
+    if f.is_file() and f.name != '_METADATA':
+      f.unlink()
+
+
+@pytest.mark.parametrize('break_it, reason', [
+    (half, 'checkpoint 3 unreadable'),
+    (lambda folder: shutil.rmtree(folder / 'state'), 'checkpoint 3 unreadable'),
+    (lambda folder: shutil.rmtree(folder / 'meta'), r'checkpoint 3 unreadable \(FileNotFoundError'),
+    (lambda folder: (folder / 'meta' / 'metadata').write_text('{"positions"'), r'checkpoint 3 unreadable \(JSONDecode'),
+])
+def test_every_kind_of_damage_falls_back(saved, template, caplog, break_it, reason):
+  break_it(saved / 'checkpoints' / '3')
+  c = checkpoint.Checkpoints(saved / 'checkpoints', keep=2)
+  with caplog.at_level(logging.WARNING, logger='root'):
+    assert int(c.restore(template)[0]['step']) == 2
+  c.close()
+  lines = [r.getMessage() for r in caplog.records if 'unreadable' in r.getMessage()]
+  assert len(lines) == 1 and re.search(reason, lines[0]) and (saved / 'damaged' / '3-0').is_dir()
+
+
+def test_a_save_that_never_ended_is_passed_over(saved, template):
+  shutil.copytree(saved / 'checkpoints' / '3', saved / 'checkpoints' / '4.orbax-checkpoint-tmp')
+  c = checkpoint.Checkpoints(saved / 'checkpoints', keep=2)
+  assert int(c.restore(template)[0]['step']) == 3
+  c.save(4, state(4), {})
+  c.close()
+  assert c.steps() == [3, 4]
+
+
+def test_a_checkpoint_of_another_run_is_refused_and_left_alone(saved, template):
+  c = checkpoint.Checkpoints(saved / 'checkpoints', keep=2)
+  with pytest.raises(checkpoint.CheckpointError, match='checkpoints/3 was written by aliens'):
+    c.restore(template, accept=lambda meta: 'was written by aliens' if meta['positions'] == {'ct': 24} else None)
+  assert c.steps() == [2, 3]
+  c.close()
+
+
+def test_the_next_step_does_not_reach_into_a_save_under_way(tmp_path):
+  """The step donates its state; what is being written is a copy."""
+  mesh = sharding.make_mesh(-1, 1)
+  big = jax.device_put({'kernel': jnp.ones((512, 4096))}, sharding.replicated(mesh))
+  c = checkpoint.Checkpoints(tmp_path, keep=1)
+  c.save(1, big, {})
+  step = jax.jit(lambda s: jax.tree.map(lambda x: x * 0 - 1, s), donate_argnums=0)
+  for _ in range(3):
+    big = step(big)
+  c.close()
+  np.testing.assert_array_equal(checkpoint._read(tmp_path / '1' / 'state', jax.eval_shape(lambda: big))['kernel'], 1.)
+
+
+def test_newest_and_trained_tensors_of_a_run(tmp_path):
+  c = checkpoint.Checkpoints(tmp_path / 'checkpoints', keep=2)
+  for i in (2, 10):
+    c.save(i, {'params': {'backbone': {'kernel': jnp.full((3,), float(i))}}, 'extra': {'center': jnp.zeros(5)}}, {})
+  c.close()
+  for path in (tmp_path, tmp_path / 'checkpoints', tmp_path / 'checkpoints' / '10'):
+    assert checkpoint.newest(path).name == '10'
+  assert checkpoint.newest(tmp_path / 'nowhere') is None
+  got = checkpoint.read_params(checkpoint.newest(tmp_path))
+  assert list(got) == ['backbone/kernel']
+  np.testing.assert_array_equal(got['backbone/kernel'], 10.)

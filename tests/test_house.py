@@ -14,7 +14,7 @@ LAYERS = (          # a room may import rooms of its own layer and of those befo
     {'cli', 'main'},
 )
 NEVER_AT_MODULE_LEVEL = {'torch', 'tensorflow', 'pydicom', 'jinja2', 'matplotlib', 'tokenizers', 'wandb', 'isal'}
-OF_DATA = {'numpy', 'scipy', 'grain', 'nibabel', 'PIL', 'array_record', 'tensorflow_datasets', 'etils',
+OF_DATA = {'numpy', 'scipy', 'grain', 'nibabel', 'PIL', 'array_record', 'tensorflow_datasets', 'etils', 'fsspec',
            'unimiss_jax', 'data_pipelines'} | set(sys.stdlib_module_names)
 
 

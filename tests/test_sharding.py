@@ -5,7 +5,9 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
 
-from unimiss_jax import sharding
+from configs import unimiss_plus
+from unimiss_jax import optim, sharding, step
+from unimiss_jax.methods import base
 from unimiss_jax.state import own
 
 
@@ -45,3 +47,43 @@ def test_own_breaks_aliases():
   x = jnp.ones(3)
   state = own({'student': x, 'teacher': x})
   assert state['student'].unsafe_buffer_pointer() != state['teacher'].unsafe_buffer_pointer()
+
+
+@pytest.fixture(scope='module')
+def full():
+  """The state of the full-size model, as shapes."""
+  config = unimiss_plus.get_config('plain')
+  method = base.make(config, {'ct': (96, {}), 'xray': (96, {})})
+  optimiser = optim.adamw(method.groups)
+  return jax.eval_shape(step.make_init(config, method, optimiser), jax.random.key(0), {})
+
+
+@pytest.mark.parametrize('data, fsdp', [(8, 1), (1, 8), (2, 4)])
+def test_every_tensor_of_the_full_model_has_its_place(full, data, fsdp):
+  """63.3 M parameters, their moments and the teacher: over 8 devices each holds an eighth and little more."""
+  mesh = sharding.make_mesh(data, fsdp)
+  placed = sharding.shardings(full, mesh)
+  template = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), full, placed)
+  whole = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(full))
+  assert whole > 4 * 4 * 63e6
+  assert sharding.bytes_per_device(template) <= {1: 1., 4: 1.2 / 4, 8: 1.2 / 8}[fsdp] * whole
+  for name, x in optim.named_leaves(template).items():
+    split = [n // m for n, m in zip(x.shape, x.sharding.shard_shape(x.shape))]
+    assert sorted(split)[:-1] == [1] * (len(split) - 1) and (not split or max(split) in (1, fsdp)), name
+  wide = optim.named_leaves(template)['params/head/last_layer/weight_v']
+  assert wide.sharding.shard_shape(wide.shape) == (65536 // fsdp, 256)
+  for part in ('extra/teacher', 'opt_state/groups/last_layer/mu'):      # what ends alike lies alike
+    like = next(x for n, x in optim.named_leaves(template).items() if n.startswith(part) and 'weight_v' in n)
+    assert like.sharding == wide.sharding
+
+
+def test_a_state_is_born_in_its_place(monkeypatch):
+  """Real arrays on (1, 8): no device ever holds more than its part."""
+  monkeypatch.setattr(sharding, 'SMALL', 64)
+  mesh = sharding.make_mesh(1, 8)
+  make = lambda key: {'kernel': jax.random.normal(key, (64, 24)), 'bias': jnp.zeros(24)}
+  placed = sharding.shardings(jax.eval_shape(make, jax.random.key(0)), mesh)
+  state = jax.jit(make, out_shardings=placed)(jax.random.key(0))
+  assert [s.data.shape for s in state['kernel'].addressable_shards] == [(8, 24)] * 8
+  assert sharding.bytes_per_device(state) == 4 * (8 * 24 + 24)
+  np.testing.assert_array_equal(state['kernel'], jax.jit(make)(jax.random.key(0))['kernel'])

@@ -6,10 +6,11 @@ import time
 import nibabel as nib
 import numpy as np
 import pytest
+from etils import epath
 from PIL import Image
 
 from configs import common
-from data_pipelines import files, manifest, phantom, sources, tiles
+from data_pipelines import files, manifest, nifti, phantom, sources, tiles
 from data_pipelines.errors import DataError
 
 
@@ -354,18 +355,14 @@ def test_progress_is_shown_only_for_slow_work(monkeypatch, capsys):
   assert capsys.readouterr().err == 'data.ct: checking files: 5/10, 2.0/s, 2 s left\n'
 
 
-def test_object_stores_are_listed_through_epath(monkeypatch):
-  class Bucket(str):
-    __truediv__ = lambda self, name: Bucket(f'{self}/{name}')
-
-    def walk(self):
-      yield self, ['sub'], ['y.nii', 'z.dcm']
-      yield self / 'sub', [], ['x.nii.gz']
-
-    def glob(self, pattern):
-      return [self / pattern.replace('*', '1'), self / pattern.replace('*', '2')]
-
-  monkeypatch.setattr(files.epath, 'Path', Bucket)
-  found = files.find('gs://bucket/a/', 'volume', 'data.ct')
-  assert found == (['gs://bucket/a/sub/x.nii.gz', 'gs://bucket/a/y.nii'], '1 *.dcm')
-  assert files.find('s3://b/c/t*.nii', 'volume', 'data.ct').files == ['s3://b/c/t1.nii', 's3://b/c/t2.nii']
+def test_object_stores_are_listed_and_read(memory, tmp_path):
+  nib.save(nib.Nifti1Image(np.zeros((8, 8, 8), np.int16), np.eye(4)), tmp_path / 'x.nii.gz')
+  folder = epath.Path(memory) / 'ct'
+  (folder / 'sub').mkdir(parents=True)
+  for name in ('y1.nii.gz', 'y2.nii.gz', 'sub/x.nii.gz', 'z.dcm'):
+    (folder / name).write_bytes((tmp_path / 'x.nii.gz').read_bytes())
+  found = files.find(f'{memory}/ct/', 'volume', 'data.ct')
+  assert found == ([f'{memory}/ct/{n}.nii.gz' for n in ('sub/x', 'y1', 'y2')], '1 *.dcm')
+  assert files.find(f'{memory}/ct/y*.nii.gz', 'volume', 'data.ct').files == found.files[1:]
+  assert files.find(f'{memory}/ct/**/*.nii.gz', 'volume', 'data.ct').files == found.files
+  assert nifti.read(found.files[0]).array.shape == (8, 8, 8)

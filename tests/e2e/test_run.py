@@ -1,13 +1,20 @@
 """One run from start to end, and the same run stopped and continued."""
 import json
 import os
+import shutil
 import signal
 
 import numpy as np
 import pytest
+from etils import epath
 
+from data_pipelines import sources
+from data_pipelines.errors import DataError
 from tests.e2e import tiny
-from unimiss_jax import train, workdir
+from unimiss_jax import checkpoint, train, workdir
+from unimiss_jax.checkpoint import CheckpointError
+from unimiss_jax.mirror import Mirror
+from unimiss_jax.optim import named_leaves
 from unimiss_jax.validate import ConfigError
 from unimiss_jax.writers import Writer
 
@@ -34,6 +41,8 @@ def test_a_run_leaves_what_it_should(undisturbed):
   assert xray['train/grad_norm_3d'] == 0 and 'train/drr_loss' not in xray
   assert ct['train/skipped'] == 0 and 0 < ct['collapse/teacher_entropy'] <= np.log(32) + 1e-5
   first, last = rows[0, 'eval'], rows[8, 'eval']
+  best = json.loads((undisturbed / 'best' / '8' / 'meta' / 'metadata').read_text())
+  assert best['select'] == 'eval/knn_auc_ct' and best['value'] == last['eval/knn_auc_ct']
   for name in ('eval/knn_auc_ct', 'eval/knn_auc_xray', 'eval/drr_to_ct_r10', 'eval/xray_to_ct_r10'):
     assert 0 <= first[name] <= 1 and 0 <= last[name] <= 1
   assert 'eval/raw_knn_auc_ct' in first
@@ -66,3 +75,55 @@ def test_another_config_is_refused_and_the_keys_are_listed(undisturbed):
     train.train_and_evaluate(tiny.config(**{'optim.lr': .5}), str(undisturbed))
   changed = tiny.config(**{'log.every': 3, 'eval.every': 5, 'checkpoint.keep': 9, 'data.workers': 1})
   assert workdir.config_hash(changed) == json.loads((undisturbed / 'DONE').read_text())
+
+
+@pytest.fixture
+def stopped(undisturbed, tmp_path):
+  """A run with a checkpoint that has not ended yet, as far as anyone can tell."""
+  shutil.copytree(undisturbed, tmp_path / 'run')
+  (tmp_path / 'run' / 'DONE').unlink()
+  return tmp_path / 'run'
+
+
+def test_other_records_are_refused_unless_forced(stopped, monkeypatch):
+  monkeypatch.setattr(sources.PhantomCT, 'digest', 'of other files')
+  with pytest.raises(CheckpointError, match=r'checkpoints/8 was written with 16 other records of data.ct \(16 now\).*'
+                                            r'FIX: bring the files back .*--resume=force'):
+    train.train_and_evaluate(tiny.config(), str(stopped))
+  assert not (stopped / 'DONE').exists()
+  assert train.train_and_evaluate(tiny.config(), str(stopped), resume='force') == 0
+
+
+def test_a_checkpoint_says_whose_it_is_even_without_the_config_beside_it(stopped):
+  (stopped / 'config.json').unlink()
+  with pytest.raises(CheckpointError, match='checkpoints/8 was written by another config. FIX: use a new --workdir'):
+    train.train_and_evaluate(tiny.config(**{'optim.lr': .5}), str(stopped))
+
+
+def test_a_new_run_starts_from_the_weights_of_another(undisturbed, tmp_path):
+  """Student and teacher begin with the trained student, in buffers of their own; step and optimiser begin anew."""
+  run = train.Run(tiny.config(init_from=str(undisturbed)), str(tmp_path), Mirror(tmp_path), 'auto')
+  want = checkpoint.read_params(undisturbed / 'checkpoints' / '8')
+  for tree in (run.state.params, run.state.extra['teacher']):
+    got = named_leaves(tree)
+    assert got.keys() == want.keys() and all(np.array_equal(got[n], x) for n, x in want.items())
+  step = run.steps['xray'].result()      # donates: a teacher that were the student would end the process
+  batch = train.sharding.to_devices(run.take('xray'), run.mesh)
+  assert int(run.state.step) == 0 and int(step(run.state, batch)[0].step) == 1
+  run.close(wait=True)
+
+
+def test_a_folder_in_an_object_store(undisturbed, memory, tmp_path, monkeypatch):
+  """All but the checkpoints, which Orbax would write there itself."""
+  monkeypatch.setattr(checkpoint, 'absolute', lambda folder: epath.Path(tmp_path))
+  folder = epath.Path(memory) / 'run'
+  assert train.train_and_evaluate(tiny.config(), str(folder)) == 0
+  assert {p.name for p in folder.iterdir()} >= {'config.json', 'env.json', 'metrics.jsonl', 'report', 'logs', 'DONE'}
+  assert (folder / 'report' / 'ct_0000008.png').exists() and (folder / 'logs' / 'host_0.txt').exists()
+  assert tiny.metrics(folder) == tiny.metrics(undisturbed)
+  assert train.train_and_evaluate(tiny.config(), str(folder)) == 0      # complete, left alone
+
+
+def test_a_workdir_that_nothing_can_write(tmp_path):
+  with pytest.raises(DataError, match='SCHEME s5://bucket/run: "s5://" is not supported'):
+    train.train_and_evaluate(tiny.config(), 's5://bucket/run')

@@ -1,0 +1,53 @@
+"""A new run from the weights of another one: all, some, none of them."""
+import logging
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from unimiss_jax import checkpoint, init_from
+from unimiss_jax.checkpoint import CheckpointError
+
+
+@pytest.fixture
+def run(tmp_path):
+  c = checkpoint.Checkpoints(tmp_path / 'run' / 'checkpoints', keep=1)
+  params = {'backbone': {'a': {'kernel': jnp.ones((4, 4))}, 'old': {'bias': jnp.ones(2)}},
+            'head': {'last': {'kernel': jnp.ones((4, 8))}}}
+  c.save(7, {'params': params, 'step': jnp.int32(7)}, {})
+  c.close()
+  return tmp_path / 'run'
+
+
+def shapes(**named):
+  """backbone_a=(4, 4) -> {'backbone': {'a': {'kernel': ShapeDtypeStruct}}}."""
+  out = {}
+  for name, shape in named.items():
+    part, layer = name.split('_')
+    out.setdefault(part, {})[layer] = {'kernel': jax.ShapeDtypeStruct(shape, jnp.float32)}
+  return out
+
+
+def test_what_matches_is_loaded_and_the_rest_is_listed(run, caplog):
+  with caplog.at_level(logging.INFO):
+    given = init_from.read(str(run), shapes(backbone_a=(4, 4), backbone_new=(3,), head_last=(4, 16)))
+  assert list(given) == ['backbone/a/kernel']
+  assert 'loaded 1/3 tensors; fresh: backbone/new/kernel, head/last/kernel; not used: backbone/old/bias' in caplog.text
+  assert 'other shapes, left fresh: head/last/kernel (4, 8) -> (4, 16)' in caplog.text
+  merged = init_from.merge({'backbone': {'a': {'kernel': jnp.zeros((4, 4), jnp.bfloat16)}, 'new': jnp.zeros(3)}}, given)
+  np.testing.assert_array_equal(merged['backbone']['a']['kernel'], 1.)
+  np.testing.assert_array_equal(merged['backbone']['new'], 0.)
+
+
+def test_a_backbone_of_another_shape_is_an_error(run):
+  with pytest.raises(CheckpointError, match=r'1 tensors of the backbone have another shape: backbone/a/kernel '
+                                            r'\(4, 4\) -> \(4, 5\). FIX: use the model leaves'):
+    init_from.read(str(run), shapes(backbone_a=(4, 5)))
+
+
+def test_nothing_there_and_nothing_in_common(run, tmp_path):
+  with pytest.raises(CheckpointError, match='no checkpoint there. FIX: name the folder of a run'):
+    init_from.read(str(tmp_path / 'typo'), shapes(backbone_a=(4, 4)))
+  with pytest.raises(CheckpointError, match='none of its 3 tensors belongs to this model'):
+    init_from.read(str(run), shapes(backbone_b=(4, 4)))
