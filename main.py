@@ -43,7 +43,7 @@ def main(argv) -> int:
   continues = f'What was saved before is in {f.workdir}; the same command continues from there'
   try:
     processes.join(f.coordinator, f.num_processes, f.process_id)
-    code = train.train_and_evaluate(f.config, f.workdir, f.resume, f.preempt_exit_code)
+    return train.train_and_evaluate(f.config, f.workdir, f.resume, f.preempt_exit_code)
   except KeyboardInterrupt:
     code = fail(f'interrupted. {continues}', 130)
   except Exception as e:

@@ -45,7 +45,7 @@ def test_others_that_cannot_be_found(monkeypatch):
 
 def test_alone_everything_is_agreed():
   assert processes.main() and processes.gather({'a': 1}) == [{'a': 1}]
-  processes.agree('config', {'a': 1})
+  processes.agree('config', {'a': 1}, 'mend it')
   assert processes.on_main(lambda: 5) == 5
   with pytest.raises(KeyError):
     processes.together(lambda: {}['x'])

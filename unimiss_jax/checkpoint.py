@@ -50,11 +50,10 @@ class Checkpoints:
 
   def save(self, step: int, state, meta: dict) -> None:
     """Starts the save of `state` at `step`; it returns when the state is copied, the files are written meanwhile."""
-    if step not in self._manager.all_steps():
-      with _writing(self.folder, step):
-        self._manager.save(step, args=ocp.args.Composite(
-            state=ocp.args.StandardSave(state),
-            meta=ocp.args.JsonSave(meta | {'shapes': shapes_hash(state)})), force=True)
+    with _writing(self.folder / str(step)):
+      self._manager.save(step, args=ocp.args.Composite(
+          state=ocp.args.StandardSave(state),
+          meta=ocp.args.JsonSave(meta | {'shapes': shapes_hash(state)})), force=True)
 
   def restore(self, template, strict: bool = False, accept=lambda meta: None):
     """Newest readable (state, meta), or None where there is no checkpoint at all.
@@ -68,26 +67,26 @@ class Checkpoints:
       CheckpointError: none is readable, the newest is not and `strict`, or it belongs to another model or run.
     """
     steps = processes.gather(self.steps())[0]      # a network file system may show each process another list
-    for step, older in zip(reversed(steps), [*reversed(steps[:-1]), None]):
+    damaged = {}
+    for step in reversed(steps):
       folder = self.folder / str(step)
-      try:
-        meta = processes.together(lambda f=folder: json.loads((f / META).read_text()))
+      meta, reason = _try(lambda f=folder: json.loads((f / META).read_text()))
+      if not reason:
         if meta['shapes'] != shapes_hash(template):
           raise CheckpointError(f'checkpoint {folder} holds tensors of other names or shapes than '
                                 'this config needs. FIX: use the config of the run, or a new --workdir')
         if refused := accept(meta):
           raise CheckpointError(f'checkpoint {folder} {refused}')
-        return processes.together(lambda f=folder: _read(f / 'state', template)), meta
-      except CheckpointError:
-        raise
-      except Exception as e:      # TensorStore and Orbax raise plain exceptions for torn files
-        reason = ' '.join(f'{type(e).__name__}: {e}'.split())[:200]
-        if strict or older is None:
-          raise CheckpointError(f'checkpoint {folder} unreadable ({reason}). FIX: --resume=auto takes '
-                                'an older one where there is one, else move the folder away to start anew') from e
-        aside = self._set_aside(step)
-        logging.warning('checkpoint %d unreadable (%s); continuing from %d; nothing was deleted, it lies in %s',
-                        step, reason, older, aside)
+        state, reason = _try(lambda f=folder: _read(f / 'state', template))
+      if not reason:
+        for bad, why in damaged.items():
+          logging.warning('checkpoint %d unreadable (%s); continuing from %d; nothing was deleted, it lies in %s',
+                          bad, why, step, self._set_aside(bad))
+        return state, meta
+      damaged[step] = reason
+      if strict or step == steps[0]:
+        raise CheckpointError(f'checkpoint {folder} unreadable ({reason}). FIX: --resume=auto takes an older one where '
+                              'there is one, else use a new --workdir')
     return None
 
   def meta(self, step: int) -> dict:
@@ -125,8 +124,8 @@ class Checkpoints:
 class _writing:
   """Whatever goes wrong in a save (Orbax and TensorStore raise plain exceptions) becomes a CheckpointError."""
 
-  def __init__(self, folder, step=None):
-    self.what = folder / str(step) if step is not None else folder
+  def __init__(self, what):
+    self.what = what
 
   def __enter__(self):
     return self
@@ -136,6 +135,20 @@ class _writing:
       raise CheckpointError(f'{self.what} could not be written ({" ".join(str(error).split())[:300]}). FIX: make room '
                             'or mend the disk; what was saved before is kept, the same command continues from there'
                             ) from error
+
+
+def _try(read):
+  """(read(), None), or (None, why a file is damaged): on all processes if on one of them. What has nothing to do with
+  the file (memory, rights, the network) is raised."""
+  result = reason = None
+  try:
+    result = read()
+  except (PermissionError, TimeoutError, ConnectionError, MemoryError, jax.errors.JaxRuntimeError):
+    raise
+  except Exception as e:      # TensorStore and Orbax raise plain exceptions for torn files
+    reason = ' '.join(f'{type(e).__name__}: {e}'.split())[:200]
+  reasons = [r for r in processes.gather(reason) if r]
+  return (None, reasons[0]) if reasons else (result, None)
 
 
 def _alone(handler):
@@ -152,14 +165,14 @@ def _read(folder, template):
 
 
 def newest(path) -> epath.Path | None:
-  """The step folder that a path means: itself, or the newest one of a run; None where there is none."""
+  """The step folder that a path means: itself, or the newest complete one of a run; None where there is none."""
   path = absolute(path)
   if (path / 'state').exists():
     return path
   for folder in (path / 'checkpoints', path):
-    steps = [p for p in folder.iterdir() if p.name.isdigit()] if folder.exists() else []
+    steps = ocp.utils.checkpoint_steps(folder) if folder.exists() else []
     if steps:
-      return max(steps, key=lambda p: int(p.name))
+      return folder / str(max(steps))
   return None
 
 
@@ -178,12 +191,6 @@ def read_params(folder) -> dict[str, np.ndarray]:
   except Exception as e:
     raise CheckpointError(f'checkpoint {folder} unreadable ({" ".join(str(e).split())[:200]}). FIX: name another one, '
                           '<run>/checkpoints/<step>') from e
-
-
-def meet(name: str, seconds: int = 3600) -> None:
-  """Until all processes are here. Through the coordinator: in a collective of devices an early one may not wait long
-  (half a minute on CPUs)."""
-  ocp.multihost.get_barrier_sync_fn()(key=name, timeout_ms=1000 * seconds)
 
 
 def absolute(folder) -> epath.Path:

@@ -3,7 +3,7 @@ import logging
 
 import jax
 
-from unimiss_jax import checkpoint
+from unimiss_jax import checkpoint, processes
 from unimiss_jax.checkpoint import CheckpointError
 from unimiss_jax.optim import leaf_name, named_leaves
 
@@ -24,9 +24,10 @@ def read(path: str, params) -> dict:
   Raises:
     CheckpointError: nothing there, nothing in common, or a tensor of the backbone with another shape.
   """
-  folder = checkpoint.newest(path)
-  if folder is None:
+  folder = processes.on_main(lambda: str(checkpoint.newest(path) or ''))
+  if not folder:
     raise CheckpointError(f'init_from="{path}": no checkpoint there. FIX: name the folder of a run')
+  folder = checkpoint.absolute(folder)
   found, wanted = checkpoint.read_params(folder), named_leaves(params)
   same = {n: x for n, x in found.items() if n in wanted and x.shape == wanted[n].shape}
   other = {n: f'{n} {tuple(x.shape)} -> {tuple(wanted[n].shape)}' for n, x in found.items()

@@ -4,15 +4,20 @@ A collective that a dead process should have joined never ends, and jax needs a 
 process holds a connection to process 0 that nobody writes to: when a process ends, however it ends, the system closes
 its side; process 0 then tells the others which one it was.
 """
+import contextlib
 import logging
+import secrets
 import socket
 import threading
+import time
 
 import jax
 
 from unimiss_jax import processes
+from unimiss_jax.processes import ProcessError
 
 CONNECT_S = 60
+NOTICE_S = 5      # a collective may fail a little before the connection is known to be closed
 
 
 class Lifeline:
@@ -24,66 +29,93 @@ class Lifeline:
     if jax.process_count() == 1:
       return
     server = socket.create_server(('', 0), backlog=jax.process_count()) if processes.main() else None
-    here = server and [*socket.gethostbyname_ex(socket.gethostname())[2], '127.0.0.1']
-    hosts, port = processes.gather((here, server and server.getsockname()[1]))[0]
+    port, token = processes.gather((server and server.getsockname()[1], secrets.token_hex(8)))[0]
     if server:
-      server.settimeout(CONNECT_S)
-      self._thread(self._accept, server)
+      self._thread(self._accept, server, token)
     else:
-      self._thread(self._hold, hosts, port)
+      self._thread(self._hold, port, token)
 
-  def close(self):
-    """The others of this process's connections hear of its end."""
+  def close(self) -> None:
     for peer in self._peers:
-      peer.close()
+      _shut(peer)
+
+  @contextlib.contextmanager
+  def watched(self):
+    """A collective that fails because another process is gone becomes a ProcessError."""
+    try:
+      yield
+    except jax.errors.JaxRuntimeError as e:
+      end = time.monotonic() + NOTICE_S
+      while self._peers and not self.lost and time.monotonic() < end:
+        time.sleep(.1)
+      if self.lost:
+        raise ProcessError(self.message()) from e
+      raise
+
+  def message(self) -> str:
+    return (f'{self.lost} ended or was cut off. FIX: see its log; the same command on all processes continues from the '
+            'last checkpoint')
 
   def _thread(self, f, *args):
     threading.Thread(target=f, args=args, daemon=True, name='lifeline').start()
 
-  def _accept(self, server):
-    """Process 0: a thread for each of the others."""
-    try:
-      for _ in range(jax.process_count() - 1):
+  def _accept(self, server, token):
+    """Process 0: a thread for each of the others. Whoever does not know the token is none of them."""
+    server.settimeout(CONNECT_S)
+    missing = jax.process_count() - 1
+    while missing:
+      try:
         peer, _ = server.accept()
-        peer.settimeout(None)
-        self._peers.append(peer)
-        self._thread(self._listen, peer)
-    except OSError as e:
-      logging.warning('a process did not connect (%s): its death will be noticed late', e)
+      except OSError as e:
+        logging.warning('%d processes did not connect (%s): a death will be noticed late', missing, e)
+        return
+      peer.settimeout(CONNECT_S)
+      said = _line(peer).split()
+      if said[:1] != [token]:
+        peer.close()
+        continue
+      missing -= 1
+      _keep(peer)
+      self._peers.append(peer)
+      self._thread(self._listen, peer, f'process {said[1]}')
 
-  def _listen(self, peer):
-    name = f'process {int.from_bytes(_read(peer, 4), "big")}'
-    _read(peer, 1)
+  def _listen(self, peer, name):
+    _line(peer)
     if self.lost is None:
       self.lost = name
       for other in self._peers:
-        try:
-          other.sendall(name.encode())
-          other.close()
-        except OSError:
-          pass
+        with contextlib.suppress(OSError):
+          other.sendall(f'{name}\n'.encode())
+        _shut(other)
 
-  def _hold(self, hosts, port):
-    for host in hosts:
-      try:
-        peer = socket.create_connection((host, port), CONNECT_S / len(hosts))
-      except OSError:
-        continue
-      peer.settimeout(None)
-      self._peers.append(peer)
-      peer.sendall(jax.process_index().to_bytes(4, 'big'))
-      self.lost = _read(peer, 100).decode() or 'process 0'
+  def _hold(self, port, token):
+    try:
+      peer = socket.create_connection((processes.coordinator_host(), port), CONNECT_S)
+      peer.sendall(f'{token} {jax.process_index()}\n'.encode())
+    except OSError as e:
+      logging.warning('process 0 cannot be reached at port %s (%s): a death will be noticed late', port, e)
       return
-    logging.warning('process 0 cannot be reached at %s, port %s: the death of a process will be noticed late',
-                    ' or '.join(hosts), port)
+    _keep(peer)
+    self._peers.append(peer)
+    self.lost = _line(peer) or 'process 0'
 
 
-def _read(peer, n: int) -> bytes:
-  """At most n bytes; fewer when the other side is gone."""
+def _keep(peer) -> None:
+  peer.settimeout(None)
+  peer.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+
+
+def _shut(peer) -> None:
+  """Also ends a recv that another thread waits in, which close() would not."""
+  with contextlib.suppress(OSError):
+    peer.shutdown(socket.SHUT_RDWR)
+  peer.close()
+
+
+def _line(peer) -> str:
+  """Up to a line feed, or to where the other side is gone."""
   out = b''
-  try:
-    while len(out) < n and (more := peer.recv(n - len(out))):
+  with contextlib.suppress(OSError):
+    while not out.endswith(b'\n') and (more := peer.recv(1)):
       out += more
-  except OSError:
-    pass
-  return out
+  return out.decode(errors='replace').strip()

@@ -47,9 +47,14 @@ class Mirror:
     except Exception as e:     # tried again at the next push: the run matters more than its log
       logging.warning('upload to %s failed (%s: %s); tried again later', self.remote, type(e).__name__, e)
 
+  def flush(self) -> None:
+    """As push, and waits for it: before a checkpoint is written that goes on from these files."""
+    if self._thread:
+      self._thread.submit(self._upload).result()
+
   def close(self) -> None:
     """The last upload; the temporary copy goes."""
     if self._thread:
-      self._thread.submit(self._upload).result()
+      self.flush()
       self._thread.shutdown()
       shutil.rmtree(self.local, ignore_errors=True)

@@ -3,8 +3,8 @@
 Engine: jax.distributed. A process joins by flags or by what its scheduler says (TPU, Slurm, GKE, Open MPI); then the
 same code runs everywhere, and whatever only one of them can know goes through `together` or `agree`.
 """
-import contextlib
 import importlib.util
+import itertools
 import json
 import logging
 import os
@@ -13,16 +13,20 @@ import sys
 
 import jax
 import numpy as np
+from jax._src import distributed  # its barrier and the coordinator's address have no public name
 from jax.experimental import multihost_utils
 
 BARRIER_S = 1800      # start-up: the machines of a pod come up minutes apart
 SCHEDULERS = (        # variable -> is there more than this process?
     ('SLURM_STEP_NUM_TASKS', lambda v: int(v) > 1),
     ('OMPI_COMM_WORLD_SIZE', lambda v: int(v) > 1),
-    ('TPU_WORKER_HOSTNAMES', lambda v: ',' in v),          # Cloud TPU and GKE
+    ('TPU_WORKER_HOSTNAMES', lambda v: ',' in v),          # GKE
     ('MEGASCALE_NUM_SLICES', lambda v: int(v) > 1),
-    ('JOB_COMPLETION_INDEX', lambda v: importlib.util.find_spec('kubernetes') is not None),    # else jax cannot ask
+    ('JOB_COMPLETION_INDEX', lambda v: importlib.util.find_spec('kubernetes') is not None),
 )
+
+
+_calls = itertools.count()
 
 
 class ProcessError(Exception):
@@ -61,13 +65,18 @@ def join(coordinator: str | None = None, num_processes: int | None = None, proce
 
 
 def scheduler() -> str | None:
-  """The environment variable by which a scheduler says that it started several processes."""
+  """What says that a scheduler started several processes: an environment variable, or a Cloud TPU."""
   for name, several in SCHEDULERS:
     try:
       if name in os.environ and several(os.environ[name]):
         return name
     except ValueError:
       continue
+  if 'JOB_COMPLETION_INDEX' in os.environ:
+    logging.warning('JOB_COMPLETION_INDEX is set: if this Kubernetes job has several pods, each of them trains alone. '
+                    'FIX: pip install kubernetes, or give --coordinator --num_processes --process_id')
+  if importlib.util.find_spec('libtpu') and any(os.path.exists(f'/dev/{d}') for d in ('accel0', 'vfio/0')):
+    return 'the TPU of this machine'      # jax asks its metadata server, alone or not
   return None
 
 
@@ -80,10 +89,18 @@ def gather(value) -> list:
   """[value of process 0, of process 1, ...]; JSON values; every process must call it."""
   if jax.process_count() == 1:
     return [value]
+  meet(f'gather {next(_calls)}')
   data = np.frombuffer(json.dumps(value).encode(), np.uint8)
   sizes = multihost_utils.process_allgather(np.int32(len(data)))
   rows = multihost_utils.process_allgather(np.pad(data, (0, int(sizes.max()) - len(data))))
   return [json.loads(bytes(row[:n])) for row, n in zip(rows, sizes)]
+
+
+def meet(name: str, seconds: int = 6 * 3600) -> None:
+  """Until all processes are here. Through the coordinator: in a collective of devices an early one may not wait long
+  (half a minute on CPUs), and what they do alone, reading scans or compiling, can take them minutes more or less."""
+  if jax.process_count() > 1:
+    distributed.global_state.client.wait_at_barrier(f'unimiss_jax {name}', 1000 * seconds)
 
 
 def together(f):
@@ -114,25 +131,13 @@ def on_main(f):
   return gather(together(f if main() else lambda: None))[0]
 
 
-def agree(what: str, value: dict) -> None:
+def agree(what: str, value: dict, remedy: str) -> None:
   """Raises ProcessError, with the keys that differ, unless all processes hold the same value."""
   values = gather(value)
   for i, other in enumerate(values):
     if other != values[0]:
       keys = [f'{k} {values[0].get(k)} / {other.get(k)}' for k in values[0] | other if values[0].get(k) != other.get(k)]
-      raise ProcessError(f'{what} of process 0 and {i} differ: {"; ".join(keys)}. FIX: start all of them alike')
-
-
-@contextlib.contextmanager
-def survivor():
-  """A collective that fails because another process is gone becomes a ProcessError."""
-  try:
-    yield
-  except jax.errors.JaxRuntimeError as e:
-    if jax.process_count() == 1:
-      raise
-    raise ProcessError(f'another process ended or was cut off ({" ".join(str(e).split())[:120]}). FIX: see its log; '
-                       'the same command on all of them continues from the last checkpoint') from e
+      raise ProcessError(f'{what} of process 0 and {i} differ: {"; ".join(keys)}. FIX: {remedy}')
 
 
 class StopSignal:
@@ -164,9 +169,14 @@ class StopSignal:
       signal.signal(s, handler)
 
 
+def coordinator_host() -> str:
+  """By which the others reach process 0."""
+  return distributed.global_state.coordinator_address.rsplit(':', 1)[0].strip('[]')
+
+
 def leave(code: int) -> int:
-  """Exit code of a process; with several, a failed one ends here at once, so that the others see it and end too."""
-  if code and jax.distributed.is_initialized():
+  """Exit code of a failed process; with several, it ends here at once, so that the others see it and end too."""
+  if jax.distributed.is_initialized():
     logging.shutdown()
     sys.stdout.flush()
     sys.stderr.flush()

@@ -25,6 +25,8 @@ from unimiss_jax.state import own, parameters
 from unimiss_jax.watchdog import Watchdog
 from unimiss_jax.writers import EVAL, Writer
 
+STORES = ('gs://',)      # where orbax writes, beside local folders
+
 
 class TrainError(Exception):
   """The run cannot go on; the message says why and what to do."""
@@ -46,35 +48,55 @@ def train_and_evaluate(config, folder: str, resume: str = 'auto', preempt_exit_c
   Raises:
     ConfigError, CheckpointError, DataError, TrainError, ProcessError: one clear line each.
   """
-  validate.validate(config)
-  validate.check_devices(config, jax.device_count())
-  files.check_storage(folder)
-  processes.agree('config and versions', {'config': workdir.config_hash(config)} | workdir.versions())
-  processes.on_main(lambda: workdir.claim(folder, config, resume))
+  lifeline = Lifeline()
   stop = processes.StopSignal()
-  mirror = Mirror(folder, workdir.continued())
+  with Watchdog(config.log.watchdog_min, lifeline) as watchdog, lifeline.watched():
+    try:
+      code = _life(config, folder, resume, preempt_exit_code, stop, watchdog)
+      processes.meet('end')
+      return code
+    finally:
+      stop.restore()
+      lifeline.close()
+
+
+def _life(config, folder, resume, preempt_exit_code, stop, watchdog) -> int:
+  processes.together(lambda: check(config, folder))
+  mine = workdir.flat(config.to_dict()) | workdir.versions() | {'--workdir': str(folder), '--resume': resume}
+  processes.agree('config', mine, 'start all processes with the same command')
+  processes.on_main(lambda: workdir.claim(folder, config, resume))
+  processes.together(lambda: workdir.seen(folder, config))
+  if processes.on_main(lambda: workdir.finished(folder, config)):
+    logging.info('%s is complete (file DONE), nothing to do; another --workdir starts anew', folder)
+    return 0
+  mirror = processes.together(lambda: Mirror(folder, workdir.continued()))
   handler = workdir.log_to(mirror.local)
-  run, ended, lifeline = None, False, Lifeline()
+  run, ended = None, False
   try:
-    if processes.on_main(lambda: workdir.finished(folder, config)):
-      logging.info('%s is complete (file DONE), nothing to do; another --workdir starts anew', folder)
-      return 0
-    with Watchdog(config.log.watchdog_min, lifeline) as watchdog, processes.survivor():
-      run = Run(config, folder, mirror, resume)
-      code = run.train(stop, watchdog, preempt_exit_code)
+    run = Run(config, folder, mirror, resume)
+    code = run.train(stop, watchdog, preempt_exit_code)
     ended = True
     return code
   except TrainError:      # all processes see it at the same step
     ended = True
     raise
   finally:
-    stop.restore()
-    lifeline.close()
     if run:
       run.close(wait=ended or jax.process_count() == 1)
     logging.getLogger().removeHandler(handler)
     handler.close()
     mirror.close()
+
+
+def check(config, folder) -> None:
+  """What can be known before anything is read or compiled."""
+  validate.validate(config)
+  validate.check_devices(config, jax.device_count())
+  for path in (folder, config.init_from, config.eval.knn):
+    files.check_storage(path)
+  if '://' in str(folder) and not str(folder).startswith(STORES):
+    raise validate.ConfigError(f'--workdir={folder}: checkpoints cannot be written there. FIX: use a local folder or '
+                               'gs://')
 
 
 class Run:
@@ -88,7 +110,8 @@ class Run:
     self.streams = processes.together(
         lambda: streams.build(config, validate.streams(config), jax.process_index(), jax.process_count()))
     self.records = {n: {'count': s.records, 'hash': s.digest} for n, s in self.streams.items()}
-    processes.agree('records', self.records)
+    processes.agree('records', {f'data.{n}': r for n, r in self.records.items()},
+                    'let every host see the same files (the lines above name those that were skipped)')
     self.method = validate.made(base.make, config, {n: (s.records, s.spec) for n, s in self.streams.items()})
     validate.check_method(config, self.method)
     self.total = self.method.total_steps
@@ -101,10 +124,11 @@ class Run:
     self.checkpoints = checkpoint.Checkpoints(checkpoint.absolute(folder) / 'checkpoints', config.checkpoint.keep)
     self.best = checkpoint.Checkpoints(checkpoint.absolute(folder) / 'best', 1) if config.eval.select else None
     template = checkpoint.template(abstract, placed)
+    self.record = self.best_so_far() if self.best and self.main else None
     restored = self.checkpoints.restore(template, resume == 'strict',
                                         self.refusal if resume != 'force' else lambda meta: None)
     if restored is None:
-      given = processes.together(lambda: init_from.read(config.init_from, abstract.params)) if config.init_from else {}
+      given = init_from.read(config.init_from, abstract.params) if config.init_from else {}
       self.state = jax.jit(init, out_shardings=placed)(key, given)
     else:
       state, meta = restored
@@ -123,9 +147,9 @@ class Run:
     if meta['config_hash'] != workdir.config_hash(self.config):
       return f'was written by another config. FIX: use a new --workdir, {force}'
     for name, mine in self.records.items():
-      theirs = meta['records'].get(name)
+      theirs = meta.get('records', {}).get(name)
       if theirs and theirs != mine:
-        return (f'was written with {theirs["count"]} other records of data.{name} ({mine["count"]} now): the samples '
+        return (f'was written with other records of data.{name} ({theirs["count"]} then, {mine["count"]} now): samples '
                 f'would not be the same. FIX: bring the files back (lines above name the skipped ones), {force}')
     return None
 
@@ -152,10 +176,11 @@ class Run:
     names = tuple(self.method.phases)
     progress = Progress(np.array([names.index(p) for p in plan], int), names)
     logged = logged_steps(plan, config.log.every)
+    processes.meet('evaluation set')
     if start == 0:
       self.evaluate(0)
     steps = {n: s.result() for n, s in self.steps.items()}
-    checkpoint.meet('steps compiled')
+    processes.meet('compiled')
     trim_memory()
     fetcher = futures.ThreadPoolExecutor(1)     # draws the next batch while the device works
     batch = self.take(plan[start]) if start < total else None
@@ -172,6 +197,7 @@ class Run:
       progress.add(name, self.method.phases[name].streams, waiting.seconds, whole.seconds)
       skipped, last, asked = int(metrics['train/skipped']), after == total, stop.asked(after)
       if skipped or last or i in logged:
+        self.checkpoints.check()
         self.log(i, name, metrics, progress)
       if skipped:
         self.skipped(i, name, metrics)
@@ -187,6 +213,9 @@ class Run:
         return preempt_exit_code
       watchdog.alive()
     self.checkpoints.wait()
+    if self.best:
+      self.best.wait()
+    self.mirror.flush()
     if self.main:
       workdir.finish(self.folder, config)
       summary.show(self.mirror.local, self.method, self.observer.tests())
@@ -198,7 +227,7 @@ class Run:
   def describe(self):
     lr, _ = step.schedules(self.config, self.method)
     levels = {f'{n} {k[6:]} {v:.3f}' for n, p in self.method.phases.items() for k, v in p.chance.items()}
-    logging.info('%s, preset %s | %.2f M parameters, state %.2f GB a device | %d steps, %d an epoch | %s | '
+    logging.info('%s, preset %s | %.2f M parameters, state %.3g GB a device | %d steps, %d an epoch | %s | '
                  'mesh %s, %d processes | learning rate %.2e',
                  self.config.method, self.config.preset, parameters(self.state.params) / 1e6,
                  sharding.bytes_per_device(self.state) / 1e9, self.total, self.method.steps_per_epoch,
@@ -242,14 +271,21 @@ class Run:
   def keep_best(self, at, positions, values):
     """A checkpoint in best/ if eval.select rose; process 0 decides for all."""
     name = self.config.eval.select
-    value, = processes.gather(values.get(name))[:1]
+    value = values.get(name)
     if value is None:
       logging.warning('eval.select="%s" is not among the scores (%s): no best checkpoint is kept', name,
                       ', '.join(values) or 'none')
-      return
-    kept = self.best.steps()
-    if not kept or value > self.best.meta(kept[-1])['value']:
+    if processes.on_main(lambda: value is not None and (self.record is None or value > self.record)):
+      self.record = value
       self.best.save(at, self.state, self.about(positions) | {'select': name, 'value': value})
+
+  def best_so_far(self) -> float | None:
+    """The score of best/, if it is of the kind that eval.select names."""
+    try:
+      meta = self.best.meta(self.best.steps()[-1])
+      return meta['value'] if meta['select'] == self.config.eval.select else None
+    except Exception:      # none yet, or torn
+      return None
 
   def pictures(self, at: int):
     reconstructions = self.observer.reconstructions(self.state)
@@ -259,16 +295,22 @@ class Run:
       logging.info('pictures: %s', ', '.join(path for path, _ in made.values()))
 
   def save(self, at: int, positions):
+    self.mirror.flush()
     with Stopwatch() as watch:
       self.checkpoints.save(at, self.state, self.about(positions))
     logging.info('checkpoint of step %d: the loop stood still for %.2f s, the files are written meanwhile', at,
                  watch.seconds)
-    self.mirror.push()
 
   def about(self, positions) -> dict:
     """What a checkpoint says of itself."""
     return {'format': 1, 'positions': positions, 'records': self.records,
             'config_hash': workdir.config_hash(self.config), 'versions': workdir.versions()}
+
+  def end(self, checkpoints):
+    try:
+      checkpoints.close()
+    except checkpoint.CheckpointError as e:      # what ended the run is told already, or was this very error
+      logging.error(e)
 
   def close(self, wait: bool):
     """Ends threads. With wait, what was being saved is saved, whatever else went wrong; without other processes that
@@ -276,7 +318,7 @@ class Run:
     with contextlib.ExitStack() as stack:
       for checkpoints in (self.checkpoints, self.best):
         if checkpoints and wait:
-          stack.callback(checkpoints.close)
+          stack.callback(self.end, checkpoints)
       for stream in self.streams.values():
         stack.callback(stream.close)
       if self.writer:

@@ -35,8 +35,7 @@ class Watchdog:
   def _watch(self):
     while not self._over.wait(min(self.seconds / 4 or 1., 1.)):
       if self.lifeline and self.lifeline.lost and not self._over.wait(GRACE_S):
-        print(f'ERROR {self.lifeline.lost} ended or was cut off. FIX: see its log; the same command on all processes '
-              'continues from the last checkpoint', file=sys.stderr)
+        print(f'ERROR {self.lifeline.message()}', file=sys.stderr)
         self._exit()
       if self.seconds and self._last is not None and time.monotonic() - self._last > self.seconds:
         logging.error('no step finished for %.1f min; stacks of all threads follow', self.seconds / 60)

@@ -63,6 +63,13 @@ def claim(workdir, config, resume: str) -> None:
   (folder / 'env.json').write_text(json.dumps(environment(), indent=1))
 
 
+def seen(workdir, config) -> None:
+  """Raises ConfigError if this process does not see what process 0 has written there."""
+  file = epath.Path(workdir) / 'config.json'
+  if not file.exists() or flat(json.loads(file.read_text())) != flat(config.to_dict()):
+    raise ConfigError(f'workdir {workdir} is not the same folder on all hosts. FIX: use one that they share, or gs://')
+
+
 def _began(folder) -> bool:
   """Whether a run got as far as its first number; a folder of a failed start may be taken with another config."""
   metrics, saved = folder / 'metrics.jsonl', folder / 'checkpoints'

@@ -87,7 +87,8 @@ def stopped(undisturbed, tmp_path):
 
 def test_other_records_are_refused_unless_forced(stopped, monkeypatch):
   monkeypatch.setattr(sources.PhantomCT, 'digest', 'of other files')
-  with pytest.raises(CheckpointError, match=r'checkpoints/8 was written with 16 other records of data.ct \(16 now\).*'
+  with pytest.raises(CheckpointError, match=r'checkpoints/8 was written with other records of data.ct '
+                                            r'\(16 then, 16 now\).*'
                                             r'FIX: bring the files back .*--resume=force'):
     train.train_and_evaluate(tiny.config(), str(stopped))
   assert not (stopped / 'DONE').exists()
@@ -115,6 +116,7 @@ def test_a_new_run_starts_from_the_weights_of_another(undisturbed, tmp_path):
 
 def test_a_folder_in_an_object_store(undisturbed, memory, tmp_path, monkeypatch):
   """All but the checkpoints, which Orbax would write there itself."""
+  monkeypatch.setattr(train, 'STORES', ('memory://',))
   monkeypatch.setattr(checkpoint, 'absolute', lambda folder: epath.Path(tmp_path))
   folder = epath.Path(memory) / 'run'
   assert train.train_and_evaluate(tiny.config(), str(folder)) == 0
@@ -127,3 +129,8 @@ def test_a_folder_in_an_object_store(undisturbed, memory, tmp_path, monkeypatch)
 def test_a_workdir_that_nothing_can_write(tmp_path):
   with pytest.raises(DataError, match='SCHEME s5://bucket/run: "s5://" is not supported'):
     train.train_and_evaluate(tiny.config(), 's5://bucket/run')
+
+
+def test_a_workdir_where_checkpoints_cannot_go(memory):
+  with pytest.raises(ConfigError, match='checkpoints cannot be written there. FIX: use a local folder or gs://'):
+    train.train_and_evaluate(tiny.config(), f'{memory}/run')

@@ -81,7 +81,7 @@ def test_a_dead_process_ends_the_other_with_one_clear_line(folder):
   run.kill(1)
   assert run.wait()[0] == 1
   lines = [line for line in run.said(0).splitlines() if line.startswith('ERROR ')]
-  assert len(lines) == 1 and 'process 1 ended or was cut off' in lines[0] and 'FIX' in lines[0], run.said(0)
+  assert len(lines) == 1 and 'ERROR process 1 ended or was cut off. FIX' in lines[0] and 'FIX' in lines[0], run.said(0)
   assert 'Traceback' not in run.said(0)
   run = Cluster(workdir)
   assert run.wait() == [0] and 'resumed step 2' in run.said(), run.said()
@@ -104,5 +104,5 @@ def test_processes_that_were_started_unlike_each_other_say_so(folder):
   workdir = folder / 'unlike'
   run = Cluster(workdir, each=['--config.seed=0', '--config.seed=1'], processes=2, devices=4)
   assert run.wait() == [1, 1], run.said()
-  assert 'config and versions of process 0 and 1 differ: config' in run.said(0)
+  assert 'config of process 0 and 1 differ: seed 0 / 1. FIX: start all processes with the same command' in run.said(0)
   assert not (workdir / 'config.json').exists()
