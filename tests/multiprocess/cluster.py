@@ -66,8 +66,8 @@ class Cluster:
     """Steps that this life has finished."""
     return len(re.findall(r'^I .* step \d+/', self.said(0), re.M))
 
-  def until_steps(self, n):
-    self.until(lambda: self.steps() >= n)
+  def until_steps(self, n, timeout=400):
+    self.until(lambda: self.steps() >= n, timeout)
 
   def kill(self, which=None, number=signal.SIGKILL):
     for p in self.processes if which is None else [self.processes[which]]:
