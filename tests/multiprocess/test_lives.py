@@ -74,6 +74,7 @@ def test_a_signal_to_one_of_two_stops_both_and_one_goes_on(undisturbed, folder):
     np.testing.assert_allclose(got[key]['train/loss'], want[key]['train/loss'], rtol=1e-4)
 
 
+@pytest.mark.slow      # test_lifeline.py holds the same without training
 def test_a_dead_process_ends_the_other_with_one_clear_line(folder):
   workdir = folder / 'bereft'
   run = Cluster(workdir, processes=2, devices=4)
