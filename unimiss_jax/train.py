@@ -218,7 +218,7 @@ class Run:
     self.mirror.flush()
     if self.main:
       workdir.finish(self.folder, config)
-      summary.show(self.mirror.local, self.method, self.observer.tests())
+      summary.show(self.folder, self.method, self.observer.tests())
     return 0
 
   def take(self, phase):
