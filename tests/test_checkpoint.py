@@ -26,7 +26,7 @@ def template():
 def saved(tmp_path):
   c = checkpoint.Checkpoints(tmp_path / 'checkpoints', keep=2)
   for i in (1, 2, 3):
-    c.save(i, state(i), {'positions': {'ct': 8 * i}})
+    c.save(i, state(i), {'positions': {'ct': 8 * i}, 'config_hash': 'x'})
   c.close()
   return tmp_path
 
@@ -55,7 +55,7 @@ def test_damage_falls_back_with_one_warning_and_deletes_nothing(saved, template,
   lines = [r.getMessage() for r in caplog.records if 'unreadable' in r.getMessage()]
   assert len(lines) == 1 and 'checkpoint 3' in lines[0] and 'continuing from 2' in lines[0]
   assert (saved / 'damaged' / '3-0' / 'state').is_dir()
-  c.save(3, state(7), {'positions': {'ct': 24}})      # the step can be saved again
+  c.save(3, state(7), {'positions': {'ct': 24}, 'config_hash': 'x'})      # the step can be saved again
   c.close()
   again = checkpoint.Checkpoints(saved / 'checkpoints', keep=2)
   assert int(again.restore(template)[0]['step']) == 7
@@ -101,6 +101,7 @@ def half(folder):
     (lambda folder: shutil.rmtree(folder / 'state'), 'checkpoint 3 unreadable'),
     (lambda folder: shutil.rmtree(folder / 'meta'), r'checkpoint 3 unreadable \(FileNotFoundError'),
     (lambda folder: (folder / 'meta' / 'metadata').write_text('{"positions"'), r'checkpoint 3 unreadable \(JSONDecode'),
+    (lambda folder: (folder / 'meta' / 'metadata').write_text('{"positions": {}}'), r'meta lacks config_hash, shapes'),
 ])
 def test_every_kind_of_damage_falls_back(saved, template, caplog, break_it, reason):
   break_it(saved / 'checkpoints' / '3')

@@ -3,6 +3,7 @@
 A damaged newest checkpoint is never deleted: it is moved aside and the next older one is taken with a
 warning, or the run is refused (--resume=strict). With several processes all of them take the same one.
 """
+import contextlib
 import hashlib
 import json
 import logging
@@ -70,7 +71,7 @@ class Checkpoints:
     damaged = {}
     for step in reversed(steps):
       folder = self.folder / str(step)
-      meta, reason = _try(lambda f=folder: json.loads((f / META).read_text()))
+      meta, reason = _try(lambda f=folder: _meta(f))
       if not reason:
         if meta['shapes'] != shapes_hash(template):
           raise CheckpointError(f'checkpoint {folder} holds tensors of other names or shapes than '
@@ -90,7 +91,7 @@ class Checkpoints:
     return None
 
   def meta(self, step: int) -> dict:
-    return json.loads((self.folder / str(step) / META).read_text())
+    return _meta(self.folder / str(step))
 
   def _set_aside(self, step: int) -> str:
     """Moves a damaged checkpoint out of the way, so that its step can be saved again."""
@@ -121,20 +122,14 @@ class Checkpoints:
       self._manager.close()
 
 
-class _writing:
+@contextlib.contextmanager
+def _writing(what):
   """Whatever goes wrong in a save (Orbax and TensorStore raise plain exceptions) becomes a CheckpointError."""
-
-  def __init__(self, what):
-    self.what = what
-
-  def __enter__(self):
-    return self
-
-  def __exit__(self, kind, error, trace):
-    if isinstance(error, Exception):
-      raise CheckpointError(f'{self.what} could not be written ({" ".join(str(error).split())[:300]}). FIX: make room '
-                            'or mend the disk; what was saved before is kept, the same command continues from there'
-                            ) from error
+  try:
+    yield
+  except Exception as e:
+    raise CheckpointError(f'{what} could not be written ({" ".join(str(e).split())[:300]}). FIX: make room or mend the '
+                          'disk; what was saved before is kept, the same command continues from there') from e
 
 
 def _try(read):
@@ -149,6 +144,13 @@ def _try(read):
     reason = ' '.join(f'{type(e).__name__}: {e}'.split())[:200]
   reasons = [r for r in processes.gather(reason) if r]
   return (None, reasons[0]) if reasons else (result, None)
+
+
+def _meta(folder) -> dict:
+  meta = json.loads((folder / META).read_text())
+  if missing := {'shapes', 'positions', 'config_hash'} - meta.keys():
+    raise ValueError(f'its meta lacks {", ".join(sorted(missing))}')
+  return meta
 
 
 def _alone(handler):
