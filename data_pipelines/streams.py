@@ -50,11 +50,10 @@ class Stream:
     records: number of records of the source.
     spec: {field: (shape, dtype)} of one row.
     source: the record source.
-    digest: hash of the list of its records.
   """
 
   def __init__(self, name, config, source, shard_index=0, shard_count=1):
-    self.name, self.source, self.records, self.digest = name, source, len(source), source.digest
+    self.name, self.source, self.records = name, source, len(source)
     self.batch = config.batch[name]
     self._shard = shard_index, shard_count
     if not self.records:
@@ -76,6 +75,11 @@ class Stream:
         grain.sharding.ShardOptions(shard_index=shard_index, shard_count=shard_count),
         read_options=grain.ReadOptions(num_threads=THREADS, prefetch_buffer_size=BUFFER),
         multiprocessing_options=options))
+
+  @property
+  def digest(self) -> str:
+    """Hash of the list of records."""
+    return self.source.digest
 
   def next(self) -> dict:
     """This shard's rows of the next global batch, {field: [batch / shard_count, ...]}.

@@ -19,8 +19,10 @@ from unimiss_jax.optim import named_leaves
 
 # Orbax would cut every replicated tensor into a piece per device: one compilation for each shape, which stops the loop
 # for many seconds at the first save. The models are small: one replica writes.
+logging.getLogger('absl').disabled = True      # it warns that this replaces something
 ocp.type_handlers.register_type_handler(
     jax.Array, ocp.type_handlers.ArrayHandler(use_replica_parallel=False), override=True)
+logging.getLogger('absl').disabled = False
 META = 'meta/metadata'      # where orbax puts a JSON item
 
 

@@ -21,7 +21,7 @@ def schedules(config, method):
 
 def make_init(config, method, optimiser):
   """(key, {name: tensor} to start from) -> the first TrainState; jit it with shardings so that it is born in place."""
-  def init(key, given):
+  def init(key, given=None):
     params, extra = method.init(key)
     if given:
       params, extra = method.init(key, init_from.merge(params, given))

@@ -3,7 +3,6 @@ import json
 import os
 import pathlib
 import re
-import resource
 import signal
 import socket
 import subprocess
@@ -28,14 +27,15 @@ class Cluster:
     given = dict(os.environ, JAX_PLATFORMS='cpu', JAX_ENABLE_X64=str(int(x64)), PYTHONPATH=str(ROOT),
                  XLA_FLAGS=f'--xla_force_host_platform_device_count={devices}', **env)
     command = [sys.executable, program, f'--config={config}', f'--workdir={workdir}', *flags]
+    if limit:
+      command = ['bash', '-c', f'ulimit -f {limit // 1024} && exec "$@"', '-', *command]
     port = free_port()
     self.processes, self.logs, self._cats = [], [], []
     for i in range(processes):
       of = [f'--coordinator=127.0.0.1:{port}', f'--num_processes={processes}', f'--process_id={i}']
       log = self.workdir.parent / f'{self.workdir.name}_{port}_{i}.txt'
       mine = (of if processes > 1 else []) + (each[i:i + 1] if each else [])
-      p = subprocess.Popen(command + mine, cwd=ROOT, env=given, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-                           preexec_fn=lambda: small(limit))
+      p = subprocess.Popen(command + mine, cwd=ROOT, env=given, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
       with log.open('w') as f:      # cat, because the limit is also that of the log
         self._cats.append(subprocess.Popen(['cat'], stdin=p.stdout, stdout=f))
       p.stdout.close()
@@ -75,11 +75,6 @@ class Cluster:
 
   def said(self, which=None) -> str:
     return '\n'.join(log.read_text() for log in (self.logs if which is None else [self.logs[which]]))
-
-
-def small(limit):
-  if limit:
-    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
 
 
 def drawn(workdir) -> dict:
