@@ -60,14 +60,10 @@ def test_the_fields_are_those_of_the_flax_module():
   assert set(MiTPlus.__dataclass_fields__) - training == set(fields)
 
 
-@pytest.mark.parametrize('case', CASES)
-def test_every_stage_equals_the_released_code(fixtures, names, case):
-  """float32, each stage within 1e-4 of its largest value."""
-  fixture = np.load(fixtures / 'parity' / 'plus_tiny_forward.npz')
-  net = torch_mit.UniMiSSPlus(HEADS['tiny'], **TINY)
-  net.load_state_dict(tensors(recipe.state_dict(0, names['tiny'])))
+def released(fixture, net, case, shape, kind):
+  """Each stage within 1e-4 of its largest value."""
   with torch.no_grad():
-    out, logits = net(torch.tensor(recipe.network_input(0, case, *CASES[case])))
+    out, logits = net(torch.tensor(recipe.network_input(0, case, shape, kind)))
   stages = dict(zip(('c0', 'c1', 's1', 's2', 's3'), out.pyramid), cls=out.embedding, recon=out.reconstruction,
                 s4tok=out.pyramid[5].flatten(2).transpose(1, 2), logits=logits)
   for name, ours in stages.items():
@@ -80,6 +76,22 @@ def test_every_stage_equals_the_released_code(fixtures, names, case):
       np.testing.assert_allclose(recipe.summary(ours)[:2], fixture[f'{key}/summary'][:2], rtol=0, atol=1e-4)
       ours = ours.reshape(-1)[recipe.sample_index(ours.size, theirs.size)]
     np.testing.assert_allclose(ours, theirs, rtol=0, atol=1e-4 * abs(theirs).max(), err_msg=key)
+
+
+@pytest.mark.parametrize('case', CASES)
+def test_every_stage_equals_the_released_code(fixtures, names, case):
+  net = torch_mit.UniMiSSPlus(HEADS['tiny'], **TINY)
+  net.load_state_dict(tensors(recipe.state_dict(0, names['tiny'])))
+  released(np.load(fixtures / 'parity' / 'plus_tiny_forward.npz'), net, case, *CASES[case])
+
+
+@pytest.mark.realdata
+def test_the_full_model_equals_the_released_code(shared, names):
+  net = torch_mit.UniMiSSPlus()
+  net.load_state_dict(tensors(recipe.state_dict(0, names['full'])))
+  fixture = np.load(shared / 'fixtures' / 'parity' / 'plus_full_forward.npz')
+  released(fixture, net, 'x2d', (1, 3, 96, 96), 'unit')
+  released(fixture, net, 'x3d', (1, 1, 16, 96, 96), 'ct')
 
 
 def noise(path, shape, rng):
