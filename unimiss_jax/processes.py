@@ -24,8 +24,6 @@ SCHEDULERS = (        # variable -> is there more than this process?
     ('MEGASCALE_NUM_SLICES', lambda v: int(v) > 1),
     ('JOB_COMPLETION_INDEX', lambda v: importlib.util.find_spec('kubernetes') is not None),
 )
-
-
 _calls = itertools.count()
 
 
@@ -53,7 +51,7 @@ def join(coordinator: str | None = None, num_processes: int | None = None, proce
   elif not (found := scheduler()):
     return
   else:
-    logging.info('several processes, as %s says', found)
+    logging.info('looking for other processes, as %s says', found)
   try:
     jax.distributed.initialize(*given, initialization_timeout=BARRIER_S)
   except Exception as e:

@@ -275,7 +275,8 @@ class Run:
     if value is None:
       logging.warning('eval.select="%s" is not among the scores (%s): no best checkpoint is kept', name,
                       ', '.join(values) or 'none')
-    if processes.on_main(lambda: value is not None and (self.record is None or value > self.record)):
+    rose = lambda: value is not None and (self.record is None or value > self.record) and at not in self.best.steps()
+    if processes.on_main(rose):
       self.record = value
       self.best.save(at, self.state, self.about(positions) | {'select': name, 'value': value})
 
