@@ -10,6 +10,10 @@ import pytest
 
 from unimiss_jax import checkpoint, sharding
 
+# What checkpoint.quiet() keeps from the user: TensorStore's futures of a torn file outlive Orbax's event loop, sometimes.
+pytestmark = pytest.mark.filterwarnings(
+    'ignore:(?s).*Event loop is closed:pytest.PytestUnraisableExceptionWarning')
+
 
 def state(value):
   return {'kernel': jnp.full((4, 512), value, jnp.float32), 'step': jnp.int32(value)}
