@@ -10,7 +10,7 @@ import pytest
 
 from unimiss_jax import checkpoint, sharding
 
-# What checkpoint.quiet() keeps from the user: TensorStore's futures of a torn file outlive Orbax's event loop, sometimes.
+# checkpoint.quiet() spares users this: TensorStore's futures of a torn file sometimes outlive Orbax's event loop.
 pytestmark = pytest.mark.filterwarnings(
     'ignore:(?s).*Event loop is closed:pytest.PytestUnraisableExceptionWarning')
 
