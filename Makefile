@@ -39,5 +39,5 @@ $(VENV)/.ready: setup.py requirements.lock
 
 $(READY): $(VENV)/.ready
 	$(BIN)/python -m pip install -q -c requirements.lock -e ".[test]"
-	$(if $(TORCH),$(BIN)/python -m pip install -q torch==2.13.0 safetensors)
+	$(if $(TORCH),$(BIN)/python -m pip install -q torch==2.13.0)
 	touch $@

@@ -149,10 +149,15 @@ def _try(read):
 
 
 def _meta(folder) -> dict:
-  meta = json.loads((folder / META).read_text())
+  meta = read_meta(folder)
   if missing := {'shapes', 'positions', 'config_hash'} - meta.keys():
     raise ValueError(f'its meta lacks {", ".join(sorted(missing))}')
   return meta
+
+
+def read_meta(folder) -> dict:
+  """What a step folder says of itself."""
+  return json.loads((folder / META).read_text())
 
 
 def _alone(handler):
@@ -180,21 +185,33 @@ def newest(path) -> epath.Path | None:
   return None
 
 
-def read_params(folder) -> dict[str, np.ndarray]:
-  """The trained tensors of a step folder, whatever devices wrote it: {'backbone/...': array}.
+def read_params(folder, branch: str = 'student') -> dict[str, np.ndarray]:
+  """The weights of a step folder, whatever devices wrote it: {'backbone/...': array}.
+
+  Args:
+    folder: a step folder.
+    branch: 'student' = what is trained, 'teacher' = its moving average.
 
   Raises:
-    CheckpointError: it cannot be read.
+    CheckpointError: it cannot be read, or the run has no teacher.
   """
-  reader = _alone(ocp.PyTreeCheckpointHandler)
+  reader, student = _alone(ocp.PyTreeCheckpointHandler), branch == 'student'
   try:
-    tree = {'params': reader.metadata(folder / 'state').item_metadata.tree['params']}
+    whole = reader.metadata(folder / 'state').item_metadata.tree
+    found = whole['params'] if student else (whole.get('extra') or {}).get(branch)
+    if not found:
+      raise CheckpointError(f'checkpoint {folder} has no {branch}: the run has no self-distillation. FIX: '
+                            '--branch=student')
+    tree = {'params': found} if student else {'extra': {branch: found}}
     plain = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), tree)
     args = ocp.args.PyTreeRestore(item=tree, restore_args=plain, partial_restore=True)
-    return named_leaves(reader.restore(folder / 'state', args=args)['params'])
+    tree = reader.restore(folder / 'state', args=args)
+  except CheckpointError:
+    raise
   except Exception as e:
     raise CheckpointError(f'checkpoint {folder} unreadable ({" ".join(str(e).split())[:200]}). FIX: name another one, '
                           '<run>/checkpoints/<step>') from e
+  return named_leaves(tree['params'] if student else tree['extra'][branch])
 
 
 def absolute(folder) -> epath.Path:

@@ -1,47 +1,57 @@
-"""A new run from the weights of another one (`init_from`): what matches is taken, nothing else happens silently."""
+"""A new run from other weights (`init_from`): what matches is taken, nothing else happens silently."""
 import logging
 
 import jax
 
-from unimiss_jax import checkpoint, processes
+from unimiss_jax import weights
 from unimiss_jax.checkpoint import CheckpointError
 from unimiss_jax.optim import leaf_name, named_leaves
+from unimiss_jax.porting import PortingError, positions
+from unimiss_jax.porting import arch as architectures
 
 SHOWN = 8      # names in a message
 
 
-def read(path: str, params) -> dict:
-  """Tensors of `path` that belong to `params`.
+def read(config, params) -> dict:
+  """Tensors of `config.init_from` that belong to `params`.
 
   Args:
-    path: a run's folder (its newest checkpoint), or one checkpoint of it.
+    config: of the new run; reads init_from, init_allow, pos_resize and model.
     params: tree of arrays or shapes.
 
   Returns:
-    {name: numpy array}, a subset of the names of `params`. Tensors of a head that have another shape stay fresh, with
-    a warning: a head belongs to its task.
+    {name: numpy array}, a subset of the names of `params`; position tables have the sizes of the new run. Tensors of a
+    head that have another shape stay fresh, with a warning: a head belongs to its task.
 
   Raises:
-    CheckpointError: nothing there, nothing in common, or a tensor of the backbone with another shape.
+    CheckpointError: nothing there, damaged, nothing in common, or a tensor of the backbone with another shape.
   """
-  folder = processes.on_main(lambda: str(checkpoint.newest(path) or ''))
-  if not folder:
-    raise CheckpointError(f'init_from="{path}": no checkpoint there. FIX: name the folder of a run')
-  folder = checkpoint.absolute(folder)
-  found, wanted = checkpoint.read_params(folder), named_leaves(params)
+  try:
+    given = weights.read(config.init_from, allow=[a for a in config.init_allow.split(',') if a])
+    what = f'init_from="{given.source}"'
+    arch = architectures.of_config(config.model.to_dict())
+    tree = given.params
+    if given.arch and 'backbone' in tree:
+      tree = tree | {'backbone': positions.resize(tree['backbone'], given.arch, arch, config.pos_resize)}
+  except PortingError as e:
+    raise CheckpointError(f'init_from: {str(e).replace("--allow=", "config.init_allow=")}') from e
+  found, wanted = named_leaves(tree), named_leaves(params)
   same = {n: x for n, x in found.items() if n in wanted and x.shape == wanted[n].shape}
   other = {n: f'{n} {tuple(x.shape)} -> {tuple(wanted[n].shape)}' for n, x in found.items()
            if n in wanted and n not in same}
   if wrong := [text for n, text in other.items() if n.startswith('backbone/')]:
-    raise CheckpointError(f'init_from="{folder}": {len(wrong)} tensors of the backbone have another shape: '
-                          f'{_some(wrong)}. FIX: use the model leaves of that run')
+    raise CheckpointError(f'{what}: {len(wrong)} tensors of the backbone have another shape: {_some(wrong)}. FIX: use '
+                          'the model leaves of those weights')
   if not same:
-    raise CheckpointError(f'init_from="{folder}": none of its {len(found)} tensors belongs to this model')
+    raise CheckpointError(f'{what}: none of its {len(found)} tensors belongs to this model')
   fresh, unused = [n for n in wanted if n not in same], [n for n in found if n not in wanted]
-  logging.info('init_from %s: loaded %d/%d tensors%s%s', folder, len(same), len(wanted),
+  logging.info('%s: loaded %d/%d tensors%s%s', what, len(same), len(wanted),
                f'; fresh: {_some(fresh)}' if fresh else '', f'; not used: {_some(unused)}' if unused else '')
   if other:
-    logging.warning('init_from: other shapes, left fresh: %s', _some(list(other.values())))
+    logging.warning('%s: other shapes, left fresh: %s', what, _some(list(other.values())))
+  if resized := _resized(given, tree):
+    logging.info('%s: %d position tables resized (pos_resize=%s)', what, resized, config.pos_resize)
+  _warn_of_heads(what, given.arch, arch)
   return same
 
 
@@ -49,6 +59,19 @@ def merge(params, given: dict):
   """`params` with the tensors of `given` in their places, in the dtype of the place."""
   return jax.tree_util.tree_map_with_path(
       lambda path, x: given[leaf_name(path)].astype(x.dtype) if leaf_name(path) in given else x, params)
+
+
+def _resized(given, tree) -> int:
+  old = named_leaves(given.params)
+  return sum(x.shape != old[n].shape for n, x in named_leaves(tree).items())
+
+
+def _warn_of_heads(what, theirs, ours):
+  """Numbers of attention heads change what a network computes, but no shape."""
+  for name in architectures.SHAPELESS:
+    if theirs and name in theirs and tuple(theirs[name]) != tuple(ours[name]):
+      logging.warning('%s was trained with model.%s=%s, this run has %s', what, name, tuple(theirs[name]),
+                      tuple(ours[name]))
 
 
 def _some(names: list) -> str:

@@ -128,7 +128,7 @@ class Run:
     restored = self.checkpoints.restore(template, resume == 'strict',
                                         self.refusal if resume != 'force' else lambda meta: None)
     if restored is None:
-      given = init_from.read(config.init_from, abstract.params) if config.init_from else {}
+      given = init_from.read(config, abstract.params) if config.init_from else {}
       self.state = jax.jit(init, out_shardings=placed)(key, given)
     else:
       state, meta = restored

@@ -28,6 +28,7 @@ CHOICES = {
     'model.dtype': ('float32', 'bfloat16', 'float64'),
     'model.init': ('released', 'fan_in'),
     'model.pos_interp': ('grid', 'reference'),
+    'pos_resize': ('grid', 'flat_zoom'),
     'optim.name': ('adamw',),
     'optim.clip_mode': ('global', 'per_tensor'),
     'optim.freeze_3d': ('mask', 'zero_grad', 'none'),
@@ -58,7 +59,7 @@ def validate(config) -> None:
     raise ConfigError(f'method "{config.method}" unknown: use a config file of configs/')
   for path, allowed in CHOICES.items():
     section, _, name = path.rpartition('.')
-    if name in leaf(config, section) and (value := leaf(config, path)) not in allowed:
+    if name in (leaf(config, section) if section else config) and (value := leaf(config, path)) not in allowed:
       raise ConfigError(f'{path}="{value}" unknown: use one of {", ".join(allowed)}')
   if bool(config.steps) == bool(config.epochs) or min(config.steps, config.epochs) < 0:
     raise ConfigError(f'steps={config.steps}, epochs={config.epochs}: exactly one of the two must be positive; '

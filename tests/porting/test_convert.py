@@ -99,3 +99,78 @@ def test_failures_are_named(params):
     porting.from_torch({'backbone.transformer.cls_tokens1': np.zeros((1, 1, 8))})
   with pytest.raises(porting.PortingError, match='no tensors'):
     porting.from_torch({})
+
+
+@pytest.mark.parametrize('strip', ['backbone.', 'transformer.', 'backbone.transformer.'])
+def test_whatever_level_was_stripped(params, strip):
+  """As the downstream code of the paper saves them; also below 'state_dict'."""
+  state = {k.replace(strip, ''): v for k, v in porting.to_torch(params).items()}
+  same(porting.from_torch({'state_dict': state, 'epoch': 1}), params)
+  head = {k.removeprefix('head.'): v for k, v in porting.to_torch(params['head']).items()}
+  same(porting.from_torch(head), {'head': params['head']})
+
+
+def test_a_branch_that_is_not_there_and_entries_that_are_no_tensors(params):
+  state = porting.to_torch(params)
+  with pytest.raises(porting.PortingError, match="branch='teacher' is not in the file, only 'student' is"):
+    porting.from_torch({'student': state}, branch='teacher')
+  with pytest.raises(porting.PortingError, match="branch='best': known are student, teacher"):
+    porting.from_torch(state, branch='best')
+  with pytest.raises(porting.PortingError, match='backbone.epoch is a int, not a tensor'):
+    porting.from_torch(state | {'backbone.epoch': 3})
+  with pytest.raises(porting.PortingError, match='two tensors are called backbone.norm.bias'):
+    porting.from_torch(state | {'module.backbone.norm.bias': state['backbone.norm.bias']})
+
+
+@pytest.mark.parametrize('rank, other', [('2D', '3D'), ('3D', '2D')])
+def test_a_file_of_one_dimension_only_is_taken_when_asked_for(params, rank, other):
+  state = {k: v for k, v in porting.to_torch(params).items() if other not in k}
+  with pytest.raises(porting.PortingError, match=rf"missing: .*FIX: this is a {rank}-only file: allow=\('{other}',\)"):
+    porting.from_torch(state)
+  got = porting.from_torch(state, allow=(other,))
+  leaves = flatten_dict(params)
+  same(got, unflatten_dict({path: leaf for path, leaf in leaves.items() if not any(other in p for p in path)}))
+  assert porting.infer_arch({k.removeprefix('backbone.'): v for k, v in state.items()})['depths'] == (1, 2, 1, 1)
+  gone = next(k for k in state if 'block2.1' in k)
+  with pytest.raises(porting.PortingError, match=f'1 missing: {gone}$'):      # no other one with it
+    porting.from_torch({k: v for k, v in state.items() if k != gone}, allow=(other,))
+
+
+def test_every_single_tensor_that_is_missing_is_named(params):
+  """The inferred architecture does not bend so that it fits."""
+  state = porting.to_torch(params)
+  for gone in state:
+    with pytest.raises(porting.PortingError) as e:
+      porting.from_torch({k: v for k, v in state.items() if k != gone})
+    assert gone in str(e.value), gone
+    assert '1 missing' in str(e.value) and 'unexpected' not in str(e.value), (gone, str(e.value))
+
+
+def test_other_input_channels(params):
+  """A grey image, given on every channel, gets the same answer from the adapted stem; sums and turns by hand."""
+  stem, recon = 'backbone.transformer.ConvBlock2D0.0.conv.weight', 'backbone.recon_conv2D.'
+  state = porting.to_torch(params)
+  one = porting.to_torch(porting.from_torch(state, dict(ARCH, in_channels=(1, 1)), in_chans='sum'))
+  np.testing.assert_allclose(one[stem], state[stem].sum(1, keepdims=True), rtol=1e-6)
+  np.testing.assert_allclose(one[recon + 'weight'], state[recon + 'weight'].mean(0, keepdims=True), rtol=1e-5)
+  np.testing.assert_allclose(one[recon + 'bias'], state[recon + 'bias'].mean(0, keepdims=True), rtol=1e-5)
+  for how in ('repeat', 'sum'):      # back to three, the default of an inferred architecture
+    three = porting.to_torch(porting.from_torch(one, in_chans=how))
+    np.testing.assert_allclose(three[stem], np.repeat(one[stem], 3, 1) / 3, rtol=1e-6)
+    np.testing.assert_array_equal(three[recon + 'bias'], np.repeat(one[recon + 'bias'], 3))
+  two = porting.to_torch(porting.from_torch(state, dict(ARCH, in_channels=(2, 1)), in_chans='repeat'))
+  np.testing.assert_allclose(two[stem], state[stem][:, :2] * 1.5, rtol=1e-6)
+  assert all(np.array_equal(one[k], v) for k, v in state.items() if k != stem and not k.startswith(recon))
+  with pytest.raises(porting.PortingError, match=r"mis-shaped: .*FIX: other input channels: in_chans='sum' or"):
+    porting.from_torch(one, ARCH)
+  with pytest.raises(porting.PortingError, match="in_chans='mean': known are strict, sum, repeat"):
+    porting.from_torch(one, ARCH, in_chans='mean')
+
+
+def test_bfloat16_tensors_keep_their_dtype(params):
+  torch = pytest.importorskip('torch')
+  state = {k: torch.tensor(v).bfloat16() for k, v in porting.to_torch(params).items()}
+  got = flatten_dict(porting.from_torch(state))
+  for path, leaf in flatten_dict(params).items():
+    np.testing.assert_array_equal(got[path], leaf.astype(jax.numpy.bfloat16))
+    assert got[path].dtype == jax.numpy.bfloat16

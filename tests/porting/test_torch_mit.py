@@ -48,7 +48,7 @@ def channels_first(x):
 @pytest.mark.parametrize('size', HEADS)
 def test_names_and_shapes_are_the_released_ones(names, size):
   with torch.device('meta'):
-    net = torch_mit.UniMiSSPlus(HEADS[size], **(TINY if size == 'tiny' else {}))
+    net = torch_mit.UniMiSSPlus(TINY if size == 'tiny' else {}, HEADS[size])
   assert {name: list(leaf.shape) for name, leaf in net.state_dict().items()} == names[size]
   assert [name for name, leaf in net.named_parameters() if not leaf.requires_grad] == ['head.last_layer.weight_g']
 
@@ -80,7 +80,7 @@ def released(fixture, net, case, shape, kind):
 
 @pytest.mark.parametrize('case', CASES)
 def test_every_stage_equals_the_released_code(fixtures, names, case):
-  net = torch_mit.UniMiSSPlus(HEADS['tiny'], **TINY)
+  net = torch_mit.UniMiSSPlus(TINY, HEADS['tiny'])
   net.load_state_dict(tensors(recipe.state_dict(0, names['tiny'])))
   released(np.load(fixtures / 'parity' / 'plus_tiny_forward.npz'), net, case, *CASES[case])
 

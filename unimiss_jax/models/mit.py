@@ -118,7 +118,7 @@ class Encoder(Trunk):
 
     if self.cls_token:
       cls = self.param('cls_tokens1', layers.zeros, (1, 1, self.embed_dims[2]), layers.wide(self.dtype))
-      cls = jnp.broadcast_to(cls.astype(self.dtype), (len(x), *cls.shape[1:]))
+      cls = jnp.broadcast_to(cls.astype(self.dtype), (x.shape[0], *cls.shape[1:]))
     plain = (1,) * n
     x = unit(x.astype(self.dtype), self.embed_dims[0], plain, f'ConvBlock{n}D0_0', False)
     pyramid = [x]
@@ -128,7 +128,7 @@ class Encoder(Trunk):
     for stage in range(1, 5):
       dim = self.embed_dims[stage + 1]
       x = PatchEmbed(dim, strides[stage], self.conv_residual, self.dtype, name=f'patch_embed{n}D{stage}')(x)
-      tokens = x.reshape(len(x), -1, dim)                    # [B, N, C]
+      tokens = x.reshape(x.shape[0], -1, dim)                    # [B, N, C]
       if self.cls_token:
         if stage > 1:
           cls = layers.linear(dim, self.dtype, f'cls_tokens{stage}')(cls)
@@ -142,7 +142,7 @@ class Encoder(Trunk):
             name=f'block{stage}_{i}')(tokens, grids[stage], train, row_keys)
       cls, x = tokens[:, :first], tokens[:, first:]
       mean = x.mean(1)
-      x = x.reshape(len(x), *grids[stage], dim)
+      x = x.reshape(x.shape[0], *grids[stage], dim)
       pyramid.append(x)
     embedding = cls[:, 0] if self.cls_token else mean
     if self.final_norm:
@@ -239,7 +239,7 @@ class MiTPlus(Trunk):
     for stage, skip, stride in zip((1, 2, 3), pyramid[4:1:-1], strides[:1:-1]):
       dim = self.decoder_dims[stage - 1]
       x = UpEmbed(dim, stride, self.dtype, name=f'DecEmbed{n}D{stage}')(x) + skip
-      grid, tokens = x.shape[1:-1], x.reshape(len(x), -1, dim)
+      grid, tokens = x.shape[1:-1], x.reshape(x.shape[0], -1, dim)
       tokens += positions(self, f'DecPosEmbed{n}D{stage}', dim, native[4 - stage], grid, False)
       for i in range(self.decoder_depths[stage - 1]):
         tokens = layers.Block(
@@ -249,7 +249,7 @@ class MiTPlus(Trunk):
         index += 1
       if stage == 3:
         tokens = layers.layer_norm(1e-5, self.dtype, 'norm')(tokens)
-      x = tokens.reshape(len(x), *grid, dim)
+      x = tokens.reshape(x.shape[0], *grid, dim)
       maps.append(x)
     up = lambda features, stride, i: layers.TransposedConv(
         features, stride, self.dtype, name=f'TransposeConv{n}D{i}')(x)

@@ -7,26 +7,34 @@ import jax
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from unimiss_jax import models
 from unimiss_jax.models.heads import DINOHead
 from unimiss_jax.models.mit import MiTPlus
+from unimiss_jax.porting import arch as architectures
 from unimiss_jax.porting import torch_names
+from unimiss_jax.porting.arch import infer_arch
+from unimiss_jax.porting.errors import PortingError
 
-
-class PortingError(Exception):
-  """Tensors that are missing, unexpected or mis-shaped, each named."""
+BRANCHES = ('student', 'teacher')
+IN_CHANS = ('strict', 'sum', 'repeat')
+ENCODER = re.compile(r'(cls_tokens|pos_embed|ConvBlock|patch_embed|block|final_norm)')    # below 'transformer.'
+HEAD = re.compile(r'(mlp\.\d|last_layer)\.')
+SPELLED = (('parametrizations.weight.original0', 'weight_g'), ('parametrizations.weight.original1', 'weight_v'))
 
 
 def from_torch(state_dict, arch=None, allow=(), branch='student', in_chans='strict') -> dict:
   """Released weights -> our parameters.
 
   Args:
-    state_dict: name -> numpy array or tensor. A 'student' / 'teacher' level and a leading 'module.' are stripped; names
-      with neither 'backbone.' nor 'head.' in front belong to the backbone. Both spellings of weight norm are read.
+    state_dict: name -> numpy array or tensor. A level 'student' / 'teacher', 'state_dict' or 'model' is entered;
+      'module.' and absent 'backbone.', 'head.' and 'transformer.' are put right; both spellings of weight norm.
     arch: dict of `MiTPlus` fields, 'mit_plus' (its defaults), or None = inferred from the tensors.
-    allow: substrings of names that may be missing (then absent from the result) or surplus.
+    allow: substrings of names that may be missing (then absent from the result) or surplus; ('3D',) takes a 2D-only
+      file, ('2D',) a 3D-only one.
     branch: 'student' or 'teacher', where the file has both.
-    in_chans: 'strict': the input channels must agree.
+    in_chans: input channels that are not those of `arch` (None: 3 for images, 1 for volumes) are an error ('strict'),
+      or the stem sees the file's channels summed and spread evenly ('sum'), or in turn, scaled by file / model
+      ('repeat'). The reconstruction's channels are the file's mean, or the file's in turn. Chosen by us; both keep the
+      answer to a grey image where one number of channels divides the other.
 
   Returns:
     {'backbone': params, 'head': params}, numpy arrays of the dtype given; a part that is absent stays absent.
@@ -34,16 +42,19 @@ def from_torch(state_dict, arch=None, allow=(), branch='student', in_chans='stri
   Raises:
     PortingError: lists what is missing, unexpected or mis-shaped.
   """
-  if in_chans != 'strict':
-    raise PortingError(f"in_chans={in_chans!r}: known is 'strict'")
-  parts = {'backbone': {}, 'head': {}}
-  for name, array in _flat(state_dict, branch).items():
-    part, _, rest = name.partition('.')
-    parts[part][rest] = array
+  if in_chans not in IN_CHANS:
+    raise PortingError(f'in_chans={in_chans!r}: known are {", ".join(IN_CHANS)}')
+  parts = split(state_dict, branch)
   params = {}
   if parts['backbone']:
-    shapes = _shapes(_model(infer_arch(parts['backbone']) if arch is None else arch))
-    params['backbone'] = _convert('backbone', parts['backbone'], shapes, allow)
+    if arch is None:
+      arch = infer_arch(parts['backbone'])
+      if in_chans != 'strict':
+        arch['in_channels'] = MiTPlus.in_channels
+    module = architectures.model(arch)
+    if in_chans != 'strict':
+      _adapt_channels(parts['backbone'], module.in_channels, in_chans)
+    params['backbone'] = _convert('backbone', parts['backbone'], architectures.shapes(module), allow)
   if parts['head']:
     params['head'] = _convert('head', parts['head'], _head_shapes(parts['head']), allow)
   if not params:
@@ -73,89 +84,91 @@ def to_torch(params, arch=None) -> dict:
       out[name] = torch_names.to_torch_layout(name, np.asarray(leaf))
   if arch is not None and 'backbone' in params:
     found = {path: leaf.shape for path, leaf in flatten_dict(params['backbone']).items()}
-    _check('backbone', found, _shapes(_model(arch)), ())
+    _check('backbone', found, architectures.shapes(architectures.model(arch)), ())
   return out
 
 
-def infer_arch(tensors) -> dict:
-  """The `MiTPlus` fields that a backbone's tensors show: all but the heads and what has no weights.
-
-  The depth of volumes shows nowhere in the tables: it is taken to be the default 16.
-
-  Args:
-    tensors: name -> array in PyTorch's layout, without 'backbone.'.
+def split(state_dict, branch='student') -> dict:
+  """All nestings stripped: {'backbone': {name: numpy array}, 'head': likewise}.
 
   Raises:
-    PortingError: a tensor that is needed is absent.
+    PortingError: the branch is not there, an entry is no tensor, or two names become one.
   """
-  shapes = {name: tuple(array.shape) for name, array in tensors.items()}
-
-  def find(name, default=None):
-    """Shape of the 2-D tensor of this name ('?D'), else of the 3-D one."""
-    for rank in ('2D', '3D'):
-      if shape := shapes.get(name.replace('?D', rank)):
-        return shape
-    if default is None:
-      raise PortingError(f'architecture not inferred: no tensor {name.replace("?D", "2D")}; pass arch=')
-    return default
-  depth = lambda prefix: len([k for k in shapes if re.fullmatch(prefix + r'\.\d+\.norm1\.weight', k)])
-  stages, first = range(1, 5), int('transformer.cls_tokens1' in shapes)
-  embed_dims = [find(f'transformer.ConvBlock?D{i}.0.conv.weight')[0] for i in range(2)]
-  embed_dims += [find(f'transformer.patch_embed?D{i}.proj.conv.weight')[0] for i in stages]
-  tokens = lambda stage, rank: find(f'transformer.pos_embed{rank}{stage}', (0, 0))[1] - first
-  arch = dict(
-      embed_dims=tuple(embed_dims),
-      depths=tuple(depth(f'transformer.block{i}') for i in stages),
-      sr_ratios=tuple(find(f'transformer.block{i}.0.attn.sr?D.weight', (1,) * 3)[-1] for i in stages),
-      mlp_ratio=find('transformer.block1.0.mlp.fc1.weight')[0] / embed_dims[2],
-      cls_token=bool(first),
-      last_stride=round((tokens(3, '?D') / tokens(4, '?D'))**0.5),
-      conv_residual='transformer.patch_embed2D1.proj.skip.weight' in shapes
-      or 'transformer.patch_embed3D1.proj.skip.weight' in shapes,
-      final_norm='transformer.final_norm.weight' in shapes,
-      in_channels=tuple(shapes.get(f'transformer.ConvBlock{rank}0.0.conv.weight', (0, c))[1]
-                        for rank, c in zip(('2D', '3D'), MiTPlus.in_channels)))
-  if tokens(1, '2D') > 0:
-    arch['image_size'] = 4 * round(tokens(1, '2D')**0.5)
-  if tokens(1, '3D') > 0:
-    depth_3d = MiTPlus.volume_size[0]
-    arch['volume_size'] = (depth_3d, *(4 * round((2 * tokens(1, '3D') / depth_3d)**0.5),) * 2)
-  if depth('Decblock1'):
-    ups = [f'DecEmbed?D{i}.proj.weight' for i in (1, 2, 3)] + [f'TransposeConv?D{i}.weight' for i in (1, 2)]
-    arch |= dict(decoder_dims=tuple(find(name)[1] for name in ups),
-                 decoder_depths=tuple(depth(f'Decblock{i}') for i in (1, 2, 3)),
-                 decoder_sr_ratios=tuple(find(f'Decblock{i}.0.attn.sr?D.weight')[-1] for i in (1, 2, 3)))
-  return arch
-
-
-def _flat(state_dict, branch):
-  """Names 'backbone....' and 'head....' -> numpy arrays, all nestings stripped."""
-  if branch in state_dict:
+  if branch not in BRANCHES:
+    raise PortingError(f'branch={branch!r}: known are {", ".join(BRANCHES)}')
+  if levels := [b for b in BRANCHES if b in state_dict]:
+    if branch not in levels:
+      raise PortingError(f'branch={branch!r} is not in the file, only {levels[0]!r} is')
     state_dict = state_dict[branch]
-  out = {}
+  for level in ('state_dict', 'model'):
+    if level in state_dict and hasattr(state_dict[level], 'items'):
+      state_dict = state_dict[level]
+  parts = {'backbone': {}, 'head': {}}
   for name, tensor in state_dict.items():
-    name = re.sub(r'^(module\.)+', '', name)
-    if not name.startswith(('backbone.', 'head.')):
-      name = 'backbone.' + name
-    for i, leaf in enumerate(('weight_g', 'weight_v')):
-      name = name.replace(f'parametrizations.weight.original{i}', leaf)
-    out[name] = tensor.detach().cpu().numpy() if hasattr(tensor, 'detach') else np.asarray(tensor)
-  return out
+    part, rest = _place(name)
+    if not hasattr(tensor, 'shape'):
+      raise PortingError(f'{name} is a {type(tensor).__name__}, not a tensor. FIX: give the part of the file that '
+                         'holds weights')
+    if rest in parts[part]:
+      raise PortingError(f'two tensors are called {part}.{rest}')
+    parts[part][rest] = _array(tensor)
+  return parts
 
 
-def _model(arch):
-  return MiTPlus(**({} if arch == 'mit_plus' else arch))
+def _place(name: str) -> tuple[str, str]:
+  """'module.backbone.transformer.x' -> ('backbone', 'transformer.x'), whatever of it is left out."""
+  name = re.sub(r'^(module\.)+', '', str(name))
+  for spelled, ours in SPELLED:
+    name = name.replace(spelled, ours)
+  if name.startswith('head.') or HEAD.match(name):
+    return 'head', name.removeprefix('head.')
+  name = name.removeprefix('backbone.')
+  return 'backbone', f'transformer.{name}' if ENCODER.match(name) else name
 
 
-def _shapes(model):
-  return {path: leaf.shape for path, leaf in models.param_shapes(model).items()}
+def _array(tensor) -> np.ndarray:
+  """Array or tensor -> numpy; bfloat16 stays what it is."""
+  if not hasattr(tensor, 'detach'):
+    return np.asarray(tensor)
+  tensor = tensor.detach().cpu()
+  if str(tensor.dtype) == 'torch.bfloat16':
+    import torch
+    return tensor.contiguous().view(torch.int16).numpy().view(jax.numpy.bfloat16)
+  return tensor.numpy()
+
+
+def _adapt_channels(tensors, wanted, how):
+  """Gives stem and reconstruction `wanted` (2-D, 3-D) channels, in place."""
+  def turn(array, axis, new):      # channel j of the file's, in turn
+    return np.take(array, np.arange(new) % array.shape[axis], axis)
+
+  for rank, new in zip(('2D', '3D'), wanted):
+    stem = f'transformer.ConvBlock{rank}0.0.conv.weight'
+    for name in (stem, f'recon_conv{rank}.weight', f'recon_conv{rank}.bias'):
+      array = tensors.get(name)
+      axis = int(name == stem)
+      if array is None or array.shape[axis] == new:
+        continue
+      old, wide = array.shape[axis], array.astype(np.promote_types(array.dtype, np.float32))
+      if how == 'repeat':
+        wide = turn(wide, axis, new) * (old / new if name == stem else 1)
+      else:
+        wide = wide.sum(axis, keepdims=True) / (new if name == stem else old)
+        wide = np.repeat(wide, new, axis)
+      tensors[name] = wide.astype(array.dtype)
 
 
 def _head_shapes(tensors):
-  """Shapes of the head whose widths its own tensors tell."""
-  width = lambda name, axis: tensors[name].shape[axis] if name in tensors else 1
-  head = DINOHead(width('last_layer.weight_v', 0), width('mlp.0.weight', 0), width('mlp.4.weight', 0))
-  x = jax.ShapeDtypeStruct((1, width('mlp.0.weight', -1)), np.float32)
+  """Shapes of the head whose widths its own tensors tell; one without any prototypes is a projection alone."""
+  def width(places, default=1):
+    """places: (name, axis) pairs that show the same width."""
+    return next((tensors[name].shape[axis] for name, axis in places
+                 if name in tensors and tensors[name].ndim > axis), default)
+  last_layer = any(name.startswith('last_layer.') for name in tensors)
+  head = DINOHead(width([('last_layer.weight_v', 0), ('last_layer.weight_g', 0)]),
+                  width([('mlp.0.weight', 0), ('mlp.0.bias', 0), ('mlp.2.weight', 0)]),
+                  width([('mlp.4.weight', 0), ('mlp.4.bias', 0), ('last_layer.weight_v', 1)]), last_layer)
+  x = jax.ShapeDtypeStruct((1, width([('mlp.0.weight', 1)])), np.float32)
   tree = jax.eval_shape(head.init, jax.random.key(0), x)['params']
   return {path: leaf.shape for path, leaf in flatten_dict(tree).items()}
 
@@ -179,4 +192,17 @@ def _check(part, found, expected, allow):
       'mis-shaped': sorted(f'{spell(p)} {tuple(found[p])} expected {tuple(expected[p])}'
                            for p in found.keys() & expected.keys() if tuple(found[p]) != tuple(expected[p]))}
   if any(faults.values()):
-    raise PortingError('; '.join(f'{len(names)} {kind}: {", ".join(names)}' for kind, names in faults.items() if names))
+    raise PortingError('; '.join(f'{len(names)} {kind}: {", ".join(names)}' for kind, names in faults.items() if names)
+                       + _remedy(faults, found))
+
+
+def _remedy(faults, found) -> str:
+  """What would help, where it can be seen."""
+  missing = faults['missing']
+  for rank, other in (('2D', '3D'), ('3D', '2D')):
+    if missing and not faults['unexpected'] and all(other in name for name in missing) and not any(
+        other in part for path in found for part in path):
+      return f". FIX: this is a {rank}-only file: allow=('{other}',), or --allow={other} on a command line, takes it"
+  if faults['mis-shaped'] and all('.ConvBlock' in t or '.recon_conv' in t for t in faults['mis-shaped']):
+    return ". FIX: other input channels: in_chans='sum' or 'repeat' adapts them"
+  return ''

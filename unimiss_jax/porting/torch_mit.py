@@ -4,8 +4,8 @@ Parameters have the names and shapes of the released weights, and the forward pa
 loaded decides the weights: those of a fresh module are PyTorch's own. There is no drop-path, so that training and
 evaluation mode agree.
 
-  net = UniMiSSPlus()
-  net.load_state_dict({name: torch.tensor(array) for name, array in porting.to_torch(params).items()})
+  net = UniMiSSPlus(**json.load(open('export/config.json'))['torch'])
+  net.load_state_dict(safetensors.torch.load_file('export/model.safetensors'))
   output, logits = net(images)                               # [B, 3, H, W], or volumes [B, 1, D, H, W]
 """
 from __future__ import annotations
@@ -104,17 +104,24 @@ class Arch:
 
 
 class MiTPlus(nn.Module):
-  """x [B, 3, H, W] or [B, 1, D, H, W] -> MiTOutput; keyword arguments: the fields of `Arch`.
+  """x [B, 3, H, W] or [B, 1, D, H, W] -> MiTOutput.
 
   H and W are multiples of 32 (16 with `last_stride=1`), at least 64 in 2-D; depth a multiple of 4, at least 16.
+
+  Args:
+    decoder: False = the encoder alone, there is no reconstruction.
+    dimensions: (2,) or (3,): built for images or for volumes only.
+    **arch: the fields of `Arch`.
   """
 
-  def __init__(self, **arch):
+  def __init__(self, decoder: bool = True, dimensions: tuple = (2, 3), **arch):
     super().__init__()
     self.arch = a = Arch(**arch)
-    dims = a.decoder_dims
-    self.transformer = Encoder(a)
-    for n in (2, 3):
+    self.dimensions, self.has_decoder, dims = tuple(dimensions), decoder, a.decoder_dims
+    self.transformer = Encoder(a, self.dimensions)
+    if not decoder:
+      return
+    for n in self.dimensions:
       strides, native, one = a.strides(n), a.native_grids(n), (1,) * n
       widths = (a.embed_dims[-1], *dims)
       for stage in (1, 2, 3):
@@ -128,15 +135,17 @@ class MiTPlus(nn.Module):
       self.add_module(f'recon_conv{n}D', CONV[n](dims[4], a.in_channels[n - 2], 1))
     for i in range(3):
       self.add_module(f'Decblock{i + 1}', nn.ModuleList(
-          Block(dims[i], a.decoder_heads[i], a.mlp_ratio, a.decoder_sr_ratios[i], qkv_bias=False, epsilon=1e-5)
-          for _ in range(a.decoder_depths[i])))
+          Block(dims[i], a.decoder_heads[i], a.mlp_ratio, a.decoder_sr_ratios[i], self.dimensions, qkv_bias=False,
+                epsilon=1e-5) for _ in range(a.decoder_depths[i])))
     self.norm = nn.LayerNorm(dims[2], 1e-5)
 
   def forward(self, x, decode: bool = True) -> MiTOutput:
     """Embedding and pyramid; the reconstruction is None with decode=False, else raw: its sigmoid is compared with x."""
     self.arch.check(x.shape)
+    if x.ndim - 2 not in self.dimensions:
+      raise ValueError(f'input of shape {tuple(x.shape)}: these weights are {self.dimensions[0]}-D only')
     embedding, pyramid = self.transformer(x)
-    return MiTOutput(embedding, pyramid, self.decode(pyramid) if decode else None)
+    return MiTOutput(embedding, pyramid, self.decode(pyramid) if decode and self.has_decoder else None)
 
   def decode(self, pyramid):
     """The six maps -> [B, C, *S], the size of the first of them."""
@@ -158,12 +167,12 @@ class MiTPlus(nn.Module):
 class Encoder(nn.Module):
   """[B, C, *S] -> (embedding [B, E], (c0, c1, s1, s2, s3, s4)); `transformer` among the released names."""
 
-  def __init__(self, arch: Arch):
+  def __init__(self, arch: Arch, dimensions: tuple):
     super().__init__()
     self.arch, dims, residual = arch, arch.embed_dims, arch.conv_residual
     if arch.cls_token:
       self.cls_tokens1 = normal(1, 1, dims[2])
-    for n in (2, 3):
+    for n in dimensions:
       strides, native, one = arch.strides(n), arch.native_grids(n), (1,) * n
       self.add_module(f'ConvBlock{n}D0', nn.Sequential(ConvBlock(arch.in_channels[n - 2], dims[0], one)))
       self.add_module(f'ConvBlock{n}D1', nn.Sequential(
@@ -177,7 +186,7 @@ class Encoder(nn.Module):
     for stage in range(1, 5):
       before, dim, i = *dims[stage:stage + 2], stage - 1
       self.add_module(f'block{stage}', nn.ModuleList(
-          Block(dim, arch.num_heads[i], arch.mlp_ratio, arch.sr_ratios[i]) for _ in range(arch.depths[i])))
+          Block(dim, arch.num_heads[i], arch.mlp_ratio, arch.sr_ratios[i], dimensions) for _ in range(arch.depths[i])))
       if arch.cls_token and stage > 1:
         self.add_module(f'cls_tokens{stage}', nn.Linear(before, dim))
     if arch.final_norm:
@@ -236,14 +245,15 @@ class Attention(nn.Module):
   The class token, if any, is the first token; it is a query as all others and joins the keys unreduced.
   """
 
-  def __init__(self, dim: int, num_heads: int, sr_ratio: int, qkv_bias: bool):
+  def __init__(self, dim: int, num_heads: int, sr_ratio: int, dimensions: tuple, qkv_bias: bool):
     super().__init__()
     self.num_heads, self.sr_ratio = num_heads, sr_ratio
     self.q = nn.Linear(dim, dim, qkv_bias)
     self.kv = nn.Linear(dim, 2 * dim, qkv_bias)
     self.proj = nn.Linear(dim, dim)
     if sr_ratio > 1:
-      self.sr2D, self.sr3D = (CONV[n](dim, dim, sr_ratio, sr_ratio, groups=dim) for n in (2, 3))
+      for n in dimensions:
+        self.add_module(f'sr{n}D', CONV[n](dim, dim, sr_ratio, sr_ratio, groups=dim))
       self.norm = nn.LayerNorm(dim, 1e-5)
 
   def forward(self, x, grid):                                # [B, N, C], N = cls + prod(grid)
@@ -262,11 +272,12 @@ class Attention(nn.Module):
 class Block(nn.Module):
   """Pre-norm transformer block: attention, then Linear, exact GELU, Linear, each added to its input."""
 
-  def __init__(self, dim: int, num_heads: int, mlp_ratio: float, sr_ratio: int, qkv_bias=True, epsilon=1e-6):
+  def __init__(self, dim: int, num_heads: int, mlp_ratio: float, sr_ratio: int, dimensions: tuple, qkv_bias=True,
+               epsilon=1e-6):
     super().__init__()
     hidden = int(dim * mlp_ratio)
     self.norm1 = nn.LayerNorm(dim, epsilon)
-    self.attn = Attention(dim, num_heads, sr_ratio, qkv_bias)
+    self.attn = Attention(dim, num_heads, sr_ratio, dimensions, qkv_bias)
     self.norm2 = nn.LayerNorm(dim, epsilon)
     self.mlp = nn.Sequential(OrderedDict(fc1=nn.Linear(dim, hidden), act=nn.GELU(), fc2=nn.Linear(hidden, dim)))
 
@@ -276,16 +287,21 @@ class Block(nn.Module):
 
 
 class DINOHead(nn.Module):
-  """[B, in_dim] -> logits [B, out_dim], no temperature (Caron et al., ICCV 2021)."""
+  """[B, in_dim] -> logits [B, out_dim], no temperature (Caron et al., ICCV 2021).
 
-  def __init__(self, out_dim: int = 65536, hidden_dim: int = 2048, bottleneck_dim: int = 256, in_dim: int = 320):
+  With last_layer=False -> the projection [B, bottleneck_dim].
+  """
+
+  def __init__(self, out_dim: int = 65536, hidden_dim: int = 2048, bottleneck_dim: int = 256, in_dim: int = 320,
+               last_layer: bool = True):
     super().__init__()
     self.mlp = nn.Sequential(nn.Linear(in_dim, hidden_dim), nn.GELU(), nn.Linear(hidden_dim, hidden_dim), nn.GELU(),
                              nn.Linear(hidden_dim, bottleneck_dim))
-    self.last_layer = Prototypes(bottleneck_dim, out_dim)
+    self.last_layer = Prototypes(bottleneck_dim, out_dim) if last_layer else None
 
   def forward(self, x):
-    return self.last_layer(F.normalize(self.mlp(x), dim=-1))
+    x = self.mlp(x)
+    return x if self.last_layer is None else self.last_layer(F.normalize(x, dim=-1))
 
 
 class Prototypes(nn.Module):
@@ -301,21 +317,24 @@ class Prototypes(nn.Module):
 
 
 class UniMiSSPlus(nn.Module):
-  """Backbone and head under the prefixes of the released files: x -> (MiTOutput, logits [B, out_dim]).
+  """Backbone and head under the prefixes of the released files: x -> (MiTOutput, logits [B, out_dim] or None).
 
   Args:
-    head: keyword arguments of `DINOHead`.
-    **arch: the fields of `Arch`.
+    arch: the fields of `Arch`.
+    head: keyword arguments of `DINOHead`; True = its defaults, None = no head.
+    decoder, dimensions: as in `MiTPlus`.
   """
 
-  def __init__(self, head: dict | None = None, **arch):
+  def __init__(self, arch: dict | None = None, head: dict | bool | None = True, decoder: bool = True,
+               dimensions: tuple = (2, 3)):
     super().__init__()
-    self.backbone = MiTPlus(**arch)
-    self.head = DINOHead(**{'in_dim': self.backbone.arch.embed_dims[-1], **(head or {})})
+    self.backbone = MiTPlus(decoder, dimensions, **(arch or {}))
+    in_dim = {'in_dim': self.backbone.arch.embed_dims[-1]}
+    self.head = None if head in (None, False) else DINOHead(**in_dim | (head if isinstance(head, dict) else {}))
 
   def forward(self, x, decode: bool = True):
     output = self.backbone(x, decode)
-    return output, self.head(output.embedding)
+    return output, None if self.head is None else self.head(output.embedding)
 
 
 def resize_positions(table, native: tuple, grid: tuple, cls_token: bool):

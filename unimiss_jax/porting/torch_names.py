@@ -46,3 +46,15 @@ def _axes(name, ndim):
     return tuple(range(ndim))
   io = (ndim - 2, ndim - 1) if TRANSPOSED.search(name) else (ndim - 1, ndim - 2)
   return io + tuple(range(ndim - 2))
+
+
+def from_torch_tree(tensors: dict) -> dict:
+  """{'backbone....': array} -> our nested parameters; works on traced arrays as well."""
+  tree = {}
+  for name, array in tensors.items():
+    *path, leaf = from_torch_name(name, array.ndim)
+    place = tree
+    for part in path:
+      place = place.setdefault(part, {})
+    place[leaf] = array.transpose(tuple(int(i) for i in np.argsort(_axes(name, array.ndim))))
+  return tree

@@ -8,7 +8,10 @@ RECALL = ('eval/drr_to_ct_r10', 'eval/xray_to_ct_r10')
 
 
 def rows(folder) -> list[dict]:
-  return [json.loads(r) for r in (epath.Path(folder) / 'metrics.jsonl').read_text().splitlines()]
+  """The rows of metrics.jsonl; none where there is no such file, and not the line that a crash has torn."""
+  file = epath.Path(folder) / 'metrics.jsonl'
+  lines = file.read_text().splitlines() if file.exists() else []
+  return [json.loads(line) for line in lines if line.endswith('}')]
 
 
 def table(metrics: list[dict], chance: dict[str, dict[str, float]], tests: int = 0) -> list[str]:

@@ -1,0 +1,87 @@
+"""The proof of an export: our network and its PyTorch twin on the same inputs, stage by stage."""
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from unimiss_jax.models.heads import DINOHead
+from unimiss_jax.porting import arch as architectures
+from unimiss_jax.porting import torch_names
+
+SIZES = ((96, 96), (128, 160), (16, 96, 96), (32, 64, 96))
+TOLERANCE = 1e-4      # of the largest value of a stage, float32
+STAGES = ('c0', 'c1', 's1', 's2', 's3', 's4')
+
+
+def compare(tensors: dict, model: dict) -> dict:
+  """Runs both networks on the same weights.
+
+  Args:
+    tensors: name -> array, as exported; computed in float32, whatever their dtype.
+    model: keyword arguments of `torch_mit.UniMiSSPlus`.
+
+  Returns:
+    {'passed', 'tolerance', 'inputs': {'96x96': {stage: {'max_abs', 'max_rel'}}}, ...}; max_rel is the largest
+    difference over the largest value of that stage in PyTorch.
+
+  Raises:
+    RuntimeError: PyTorch's own words, if the tensors are not exactly those of the module.
+  """
+  import torch
+
+  from unimiss_jax.porting import torch_mit
+  wide = {name: np.asarray(array, np.float32) for name, array in tensors.items()}
+  net = torch_mit.UniMiSSPlus(**model).eval()
+  net.load_state_dict({name: torch.tensor(array) for name, array in wide.items()}, strict=True)
+  ours = forward(model)
+  inputs = {}
+  for size in SIZES:
+    if len(size) in model['dimensions']:
+      x = images(size, net.backbone.arch.in_channels[len(size) - 2])
+      with torch.no_grad():
+        output, logits = net(torch.from_numpy(x))
+      theirs = _stages(output.embedding, output.pyramid, output.reconstruction, logits)
+      mine = jax.jit(ours)(wide, x)
+      inputs['x'.join(map(str, size))] = {stage: _difference(np.asarray(mine[stage]), value.numpy())
+                                          for stage, value in theirs.items()}
+  worst = max(entry['max_rel'] for stages in inputs.values() for entry in stages.values())
+  return {'passed': bool(worst <= TOLERANCE), 'tolerance': TOLERANCE, 'worst_max_rel': worst, 'inputs': inputs,
+          'jax': jax.__version__, 'torch': torch.__version__, 'computed_in': 'float32'}
+
+
+def forward(model: dict):
+  """The function ({PyTorch name: array}, x channels first) -> {stage: array channels first}, of jax alone.
+
+  Args:
+    model: keyword arguments of `torch_mit.UniMiSSPlus`.
+  """
+  module = architectures.model(model['arch'])
+  head = model['head'] and DINOHead(**{k: v for k, v in model['head'].items() if k != 'in_dim'})
+
+  def run(tensors, x):
+    params = torch_names.from_torch_tree(tensors)
+    out = module.apply({'params': params['backbone']}, jnp.moveaxis(x, 1, -1), decode=model['decoder'])
+    first = lambda a: None if a is None else jnp.moveaxis(a, -1, 1)
+    logits = head and head.apply({'params': params['head']}, out.embedding)
+    return _stages(out.embedding, [first(c) for c in out.pyramid], first(out.reconstruction), logits)
+  return run
+
+
+def images(size, channels: int) -> np.ndarray:
+  """A fixed input: [1, channels, *size] float32, uniform in [0, 1] for images, in [-1, 1] for volumes (HU / 1024)."""
+  x = np.random.default_rng(len(size)).random((1, channels, *size), np.float32)
+  return x if len(size) == 2 else 2 * x - 1
+
+
+def _stages(embedding, pyramid, reconstruction, logits) -> dict:
+  found = {'embedding': embedding, **dict(zip(STAGES, pyramid)), 'reconstruction': reconstruction, 'logits': logits}
+  return {name: value for name, value in found.items() if value is not None}
+
+
+def _difference(ours, theirs) -> dict:
+  """NaN counts as infinitely far."""
+  if not (np.isfinite(ours).all() and np.isfinite(theirs).all()):
+    return {'max_abs': np.inf, 'max_rel': np.inf}
+  gap = np.abs(ours - theirs).max()
+  return {'max_abs': float(gap), 'max_rel': float(gap / max(np.abs(theirs).max(), 1e-30))}

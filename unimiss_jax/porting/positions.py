@@ -1,0 +1,57 @@
+"""Position tables of one MiT+ laid out for another one of other native sizes."""
+from __future__ import annotations
+
+import importlib
+
+import jax
+import numpy as np
+from flax.traverse_util import flatten_dict, unflatten_dict
+
+from unimiss_jax.models import layers
+from unimiss_jax.porting import arch as architectures
+from unimiss_jax.porting.errors import PortingError
+
+# Where `resize_table` of each way lives: 'grid' interpolates on the grid, 'flat_zoom' is the released 1-D stretch.
+POS_RESIZE = {'grid': 'unimiss_jax.porting.positions', 'flat_zoom': 'unimiss_jax.porting.reference'}
+
+
+def tables(module) -> dict:
+  """Path of every position table -> (native grid, has a class slot)."""
+  out = {}
+  for n in (2, 3):
+    grids = module.grids(module.native_size(n))
+    out |= {('transformer', f'pos_embed{n}D{i}'): (grids[i], module.cls_token) for i in range(1, 5)}
+    out |= {(f'DecPosEmbed{n}D{i}',): (grids[4 - i], False) for i in (1, 2, 3)}
+  return out
+
+
+def resize(backbone: dict, old, new, how: str = 'grid') -> dict:
+  """Parameters whose position tables have the native sizes of another architecture.
+
+  Args:
+    backbone: nested dict of numpy arrays.
+    old, new: architectures as `porting.from_torch` takes them.
+    how: a key of POS_RESIZE.
+
+  Returns:
+    A tree like `backbone`; tables of the right size are the same arrays.
+
+  Raises:
+    PortingError: unknown way.
+  """
+  if how not in POS_RESIZE:
+    raise PortingError(f'pos_resize={how!r}: known are {", ".join(POS_RESIZE)}')
+  change = importlib.import_module(POS_RESIZE[how]).resize_table
+  leaves = flatten_dict(backbone)
+  wanted = tables(architectures.model(new))
+  for path, (grid, cls_token) in tables(architectures.model(old)).items():
+    if path in leaves and path in wanted and wanted[path][0] != grid:
+      table = np.asarray(leaves[path])
+      leaves[path] = change(table, grid, wanted[path][0], cls_token).astype(table.dtype)
+  return unflatten_dict(leaves)
+
+
+def resize_table(table, native, grid, cls_token: bool) -> np.ndarray:
+  """[1, cls + prod(native), C] -> [1, cls + prod(grid), C], each axis for itself, the class slot copied."""
+  wide = jax.dtypes.canonicalize_dtype(np.promote_types(table.dtype, np.float32))
+  return np.asarray(layers.resize_positions(table.astype(wide), native, grid, cls_token))

@@ -1,0 +1,167 @@
+"""What a user must know about exported weights: the preprocessing contract, the training, and the model card."""
+from __future__ import annotations
+
+import unimiss_jax
+
+RESEARCH = 'Research use only. Not a medical device; not for diagnosis, triage or treatment.'
+PHANTOMS = 'built-in phantoms'
+UNKNOWN = 'not recorded in the file that the weights came from'
+
+LOSSES = ('ct', 'drr', 'slice', 'xray', 'recon_ct', 'recon_drr', 'recon_xray', 'nce', 'pair_nce')
+TAGS = ('medical-imaging', 'computed-tomography', 'chest-x-ray', 'self-supervised-learning', 'pytorch', 'jax',
+        'safetensors')
+DIMENSIONS = {2: '2D images', 3: '3D volumes'}
+USE = '''import json, safetensors.torch, torch_mit
+net = torch_mit.UniMiSSPlus(**json.load(open('config.json'))['torch']).eval()
+net.load_state_dict(safetensors.torch.load_file('model.safetensors'))
+output, logits = net(x)      # x [B, 3, H, W] or [B, 1, D, H, W] -> output.embedding, .pyramid, .reconstruction'''
+FILES = {'model.safetensors': 'the weights', 'config.json': 'architecture, preprocessing contract, training',
+         'parity.json': 'JAX against PyTorch, stage by stage', 'torch_mit.py': 'the network in PyTorch, one file',
+         'README.md': 'this card', 'model.pth': 'the weights as a PyTorch state_dict',
+         'stablehlo': "the forward pass for `jax.export.deserialize(...).call(weights, x)`, native size, any batch; "
+                      'needs jax and flatbuffers'}
+
+
+def contract(config: dict) -> dict:
+  """How inputs must look, from a run's config."""
+  model, data, views = config['model'], config['data'], config['views']
+  return {
+      'volume': {
+          'tensor': '[B, 1, D, H, W] float32',
+          'orientation': 'SAR: D runs to the superior, H to the anterior, W to the right side of the patient '
+                         '(the closest such order by the affine of the file)',
+          'spacing': f'as in the file, not resampled; trained on {data["ct"] or PHANTOMS}',
+          'intensity': 'HU, clipped to [-1024, 3071], divided by 1024',
+          'size': list(model['volume_size']),
+          'crop': _ct_crop(views['ct'])},
+      'image': {
+          'tensor': '[B, 3, H, W] float32, the grey value three times',
+          'orientation': "as displayed: head up, the patient's right on the left",
+          'intensity': 'MONOCHROME2 (bone is bright), full scale of the bit depth -> [0, 1]; no mean, no deviation',
+          'size': [model['image_size']] * 2,
+          'crop': f'{views["xray"]["scale"][0]:g} to {views["xray"]["scale"][1]:g} of the area, resized to '
+                  f'{views["xray"]["size"]} x {views["xray"]["size"]}'}}
+
+
+def training(weights) -> dict:
+  """How the weights were made, from what lies in the run's folder.
+
+  Args:
+    weights: `weights.Weights` of a run.
+  """
+  about = weights.about
+  config, meta, env = about['config'], about.get('meta', {}), about.get('env', {})
+  records = meta.get('records', {})
+  source = lambda s: config['data'][s] or PHANTOMS
+  step = int(weights.source.rstrip('/').rpartition('/')[2]) if weights.source.rpartition('/')[2].isdigit() else None
+  return {
+      'method': config['method'], 'preset': config['preset'], 'step': step,
+      'losses': {k: v for k, v in config['loss'].items() if k in LOSSES and v},
+      'batch': {s: config['batch'][s] for s in records or ('ct', 'xray')},
+      'samples_seen': meta.get('positions', {}),
+      'data': {s: {'source': source(s), **records.get(s, {})} for s in ('ct', 'xray') if config['phases'][s]},
+      'config_hash': meta.get('config_hash'), 'seed': config['seed'], 'devices': env.get('devices', []),
+      'hosts': env.get('hosts'), 'versions': meta.get('versions') or env.get('packages', {}),
+      'evaluation_set': config['eval']['knn'] or 'phantoms', 'evaluation': _evaluation(about.get('metrics', []))}
+
+
+def _ct_crop(views) -> str:
+  low, high = views['scale']
+  if views['extent'] == 'record':
+    return f'{low:g} to {high:g} of the tile along each axis, resized to {" x ".join(map(str, views["size"]))}'
+  return f'{views["size"][0]} slices; in-plane {low:g} to {high:g} times {views["size"][1]} voxels, resized to that'
+
+
+def _evaluation(metrics) -> dict:
+  """The last scores, with those of the untrained network and of raw pixels."""
+  rows = [r for r in metrics if r.get('phase') == 'eval']
+  if not rows:
+    return {}
+  first, last = rows[0], rows[-1]
+  return {k: {'value': v, 'untrained': first.get(k), 'raw_pixels': first.get(k.replace('eval/', 'eval/raw_', 1))}
+          for k, v in last.items() if k.startswith('eval/') and k.count('/') == 1 and not k.startswith('eval/raw_')}
+
+
+def card(name: str, config: dict, parity: dict, files: list, license_id: str, data_license: str) -> str:
+  """The README.md of an exported folder, with the front matter of model hubs.
+
+  Args:
+    name: of the model.
+    config: what config.json holds.
+    parity: what parity.json holds.
+    files: names in the folder.
+    license_id, data_license: of the weights; of what they were trained on.
+  """
+  known, how = config.get('preprocessing', {}), config.get('training', {})
+  arch, net = config['torch']['arch'], config['torch']
+  parts = ', '.join(p for p, there in (('encoder', True), ('decoder', net['decoder']), ('head', net['head'])) if there)
+  lines = [
+      '---', f'license: {license_id}', 'library_name: unimiss_jax', 'pipeline_tag: image-feature-extraction',
+      'tags:', *(f'- {tag}' for tag in TAGS), '---', '',
+      f'# {name}', '', f'**{RESEARCH}**', '',
+      f'{config["architecture"]} ({config["parameters"] / 1e6:.2f} M parameters: {parts}), '
+      f'the {config["branch"]} of its training, for {" and ".join(DIMENSIONS[n] for n in net["dimensions"])}. '
+      f'Weights are {config["dtype"]}, in PyTorch layout, under the names of the released UniMiSS+ code.', '',
+      '## Use', '', 'In this folder, with PyTorch and safetensors installed:', '', '```python', USE, '```', '',
+      'Sizes other than the native ones work: position tables are interpolated on their grid.', '',
+      '## Preprocessing contract', '']
+  if known:
+    for kind, rules in known.items():
+      lines += [f'**{kind}**', '', *_rows(rules), '']
+  else:
+    lines += [f'{UNKNOWN.capitalize()}. The released UniMiSS+ code feeds volumes as HU / 1024 and images as grey '
+              'values in [0, 1] three times, without mean and deviation.', '']
+  lines += ['## Training', '']
+  if how:
+    apart = 'data', 'evaluation', 'evaluation_set'
+    lines += [*_rows({k: v for k, v in how.items() if k not in apart and v not in (None, {}, [])}), '',
+              '| data | source | records | hash |', '| --- | --- | --- | --- |',
+              *(f'| {s} | {_cell(d["source"])} | {d.get("count", "")} | {d.get("hash", "")} |'
+                for s, d in how['data'].items()), '']
+  else:
+    lines += [UNKNOWN.capitalize() + '.', '']
+  lines += [f'Licence of the training data: {data_license}.', '']
+  if how.get('evaluation'):
+    lines += ['## Results', '', 'Scores of the run itself, on its own evaluation set '
+              f'({_cell(how["evaluation_set"])}); one seed, no interval.', '',
+              '| score | value | untrained | raw pixels |', '| --- | --- | --- | --- |',
+              *(f'| {k[5:]} | {_number(v["value"])} | {_number(v["untrained"])} | {_number(v["raw_pixels"])} |'
+                for k, v in how['evaluation'].items()), '']
+  lines += ['## Parity of JAX and PyTorch', '',
+            f'Largest difference over the largest value of a stage, in float32 (JAX {parity["jax"]}, PyTorch '
+            f'{parity["torch"]}; limit {parity["tolerance"]:g}; all stages in `parity.json`).', '',
+            '| input | worst stage | difference |', '| --- | --- | --- |']
+  for size, stages in parity['inputs'].items():
+    worst = max(stages, key=lambda s: stages[s]['max_rel'])
+    lines += [f'| {size} | {worst} | {stages[worst]["max_rel"]:.1e} |']
+  lines += ['', '## Limits', '', *(f'- {text}' for text in _limits(how, arch)), '', '## Files', '',
+            *(f'- `{f}`: {FILES.get(f.rpartition(".")[2] if f not in FILES else f, "")}' for f in files), '',
+            f'Made by unimiss_jax {unimiss_jax.__version__}.', '']
+  return '\n'.join(lines)
+
+
+def _limits(how, arch) -> list[str]:
+  out = ['Results on patients of other scanners, ages or diseases than those of the training data are unknown.',
+         'An embedding may carry what identifies a patient, sex, age or scanner; none of it was removed.']
+  if how and all(d['source'] == PHANTOMS for d in how['data'].values()):
+    out.insert(0, 'Trained on drawings of a thorax alone: it shows that the machinery works and helps no patient.')
+  if arch.get('cls_token', True) is False:
+    out.append('Without a class token: the embedding is the mean of the last tokens.')
+  return out
+
+
+def _rows(named: dict) -> list[str]:
+  return ['| | |', '| --- | --- |', *(f'| {k.replace("_", " ")} | {_cell(v)} |' for k, v in named.items())]
+
+
+def _cell(value) -> str:
+  if isinstance(value, dict):
+    value = ', '.join(f'{k} {v}' for k, v in value.items())
+  elif isinstance(value, (list, tuple)):
+    words = sorted(set(map(str, value)))
+    value = ' x '.join(map(str, value)) if all(isinstance(v, int) for v in value) else ', '.join(words)
+  return str(value).replace('|', '\\|').replace('\n', ' ')
+
+
+def _number(value) -> str:
+  return '' if value is None else f'{value:.3f}'
