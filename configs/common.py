@@ -102,6 +102,7 @@ def base() -> ConfigDict:
   c.mesh = ConfigDict(dict(data=-1, fsdp=1))           # -1 fills with what is left
   c.checkpoint = ConfigDict(dict(every=1000, keep=3))  # steps
   c.init_from = ''                # weights that a new run starts from: a run, an exported folder, .safetensors, .pth
+  c.init_branch = ''              # student | teacher, where that has both; '' = student
   c.init_allow = ''               # comma separated: what that file may lack: decoder, head, 3D, 2D, or pieces of names
   c.pos_resize = 'grid'           # grid | flat_zoom (released): how its position tables are brought to other sizes
   c.eval = ConfigDict(dict(

@@ -23,7 +23,8 @@ def run(tmp_path):
 
 
 def config(path, **model):
-  return ConfigDict(dict(init_from=str(path), init_allow='', pos_resize='grid', model=dict(name='mit_plus', **model)))
+  return ConfigDict(dict(init_from=str(path), init_branch='', init_allow='', pos_resize='grid',
+                         model=dict(name='mit_plus', **model)))
 
 
 def shapes(**named):

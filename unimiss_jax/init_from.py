@@ -16,7 +16,7 @@ def read(config, params) -> dict:
   """Tensors of `config.init_from` that belong to `params`.
 
   Args:
-    config: of the new run; reads init_from, init_allow, pos_resize and model.
+    config: of the new run; reads init_from, init_branch, init_allow, pos_resize and model.
     params: tree of arrays or shapes.
 
   Returns:
@@ -27,14 +27,15 @@ def read(config, params) -> dict:
     CheckpointError: nothing there, damaged, nothing in common, or a tensor of the backbone with another shape.
   """
   try:
-    given = weights.read(config.init_from, allow=[a for a in config.init_allow.split(',') if a])
+    given = weights.read(config.init_from, config.init_branch, [a for a in config.init_allow.split(',') if a])
     what = f'init_from="{given.source}"'
     arch = architectures.of_config(config.model.to_dict())
     tree = given.params
     if given.arch and 'backbone' in tree:
-      tree = tree | {'backbone': positions.resize(tree['backbone'], given.arch, arch, config.pos_resize)}
+      table = positions.resize(tree['backbone'], given.arch, arch, config.pos_resize, given.recorded)
+      tree = tree | {'backbone': table}
   except PortingError as e:
-    raise CheckpointError(f'init_from: {str(e).replace("--allow=", "config.init_allow=")}') from e
+    raise CheckpointError(f'init_from: {e}') from e
   found, wanted = named_leaves(tree), named_leaves(params)
   same = {n: x for n, x in found.items() if n in wanted and x.shape == wanted[n].shape}
   other = {n: f'{n} {tuple(x.shape)} -> {tuple(wanted[n].shape)}' for n, x in found.items()
@@ -51,7 +52,7 @@ def read(config, params) -> dict:
     logging.warning('%s: other shapes, left fresh: %s', what, _some(list(other.values())))
   if resized := _resized(given, tree):
     logging.info('%s: %d position tables resized (pos_resize=%s)', what, resized, config.pos_resize)
-  _warn_of_heads(what, given.arch, arch)
+  _tell_of_heads(what, given, arch)
   return same
 
 
@@ -66,11 +67,15 @@ def _resized(given, tree) -> int:
   return sum(x.shape != old[n].shape for n, x in named_leaves(tree).items())
 
 
-def _warn_of_heads(what, theirs, ours):
+def _tell_of_heads(what, given, ours):
   """Numbers of attention heads change what a network computes, but no shape."""
+  if not given.recorded:
+    logging.info('%s does not record its heads: those of this run are taken, model.num_heads=%s', what,
+                 tuple(ours['num_heads']))
+    return
   for name in architectures.SHAPELESS:
-    if theirs and name in theirs and tuple(theirs[name]) != tuple(ours[name]):
-      logging.warning('%s was trained with model.%s=%s, this run has %s', what, name, tuple(theirs[name]),
+    if name in given.arch and tuple(given.arch[name]) != tuple(ours[name]):
+      logging.warning('%s was trained with model.%s=%s, this run has %s', what, name, tuple(given.arch[name]),
                       tuple(ours[name]))
 
 

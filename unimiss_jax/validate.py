@@ -29,6 +29,7 @@ CHOICES = {
     'model.init': ('released', 'fan_in'),
     'model.pos_interp': ('grid', 'reference'),
     'pos_resize': ('grid', 'flat_zoom'),
+    'init_branch': ('', 'student', 'teacher'),
     'optim.name': ('adamw',),
     'optim.clip_mode': ('global', 'per_tensor'),
     'optim.freeze_3d': ('mask', 'zero_grad', 'none'),

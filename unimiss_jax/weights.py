@@ -10,52 +10,68 @@ from etils import epath
 from flax.traverse_util import unflatten_dict
 
 from unimiss_jax import checkpoint, processes
+from unimiss_jax.checkpoint import CheckpointError
 from unimiss_jax.optim import named_leaves
 from unimiss_jax.porting import arch as architectures
 from unimiss_jax.porting import convert, torch_files
+from unimiss_jax.porting.convert import PARTS
 from unimiss_jax.porting.errors import PortingError
 from unimiss_jax.report import summary
 
-# The parts of a MiT+ and how their names begin; a part's name is understood in `allow`.
-PARTS = {'encoder': ('backbone.transformer.',),
-         'decoder': tuple(f'backbone.{name}' for name in ('Dec', 'DeConv', 'TransposeConv', 'recon_conv', 'norm.')),
-         'head': ('head.',)}
-
 
 class Weights(NamedTuple):
-  """
-  params: {'backbone': ..., 'head': ...}, nested dicts of numpy arrays; what is absent stays absent.
-  arch: fields of the model, None where nothing tells them.
-  source: the file or checkpoint that was read.
-  about: what is known of the training: {'config', 'env', 'meta', 'metrics'} of a run, {'preprocessing', 'training'} of
-    an exported folder, {} else.
+  """Attributes:
+    params: {'backbone': ..., 'head': ...}, nested dicts of numpy arrays; what is absent stays absent.
+    arch: fields of the model; {} for a checkpoint that was parted from the config.json of its run.
+    recorded: whether `arch` was written down; else it was inferred, and heads and the depth of volumes are assumed.
+    dimensions: of (2, 3), those that the weights are for.
+    branch: 'student' or 'teacher', '' where nothing says it.
+    source: the file or checkpoint that was read.
+    about: what is known of the training: {'config', 'env', 'meta', 'metrics'} of a run, {'preprocessing', 'training'}
+      of an exported folder, {} else.
   """
   params: dict
-  arch: dict | None
+  arch: dict
+  recorded: bool
+  dimensions: tuple
+  branch: str
   source: str
   about: dict
 
+  @property
+  def parts(self) -> tuple:
+    return tuple(part for part, there in (
+        ('encoder', 'backbone' in self.params),
+        ('decoder', any(name != 'transformer' for name in self.params.get('backbone', {}))),
+        ('head', 'head' in self.params)) if there)
 
-def read(path, branch: str = 'student', allow=(), in_chans: str = 'strict') -> Weights:
+
+def read(path, branch: str = '', allow=(), in_chans: str = 'strict', arch: dict | None = None) -> Weights:
   """Reads a run's folder (its newest checkpoint), one checkpoint of it, an exported folder, or one file.
 
   Args:
     path: local or remote; files as in `porting.torch_files.read`.
-    branch: 'student' or 'teacher', where there are both.
-    allow: as in `porting.from_torch`; also the names of PARTS.
+    branch: 'student' or 'teacher', where there are both; '' = the student, or the only one.
+    allow: as in `porting.from_torch`.
     in_chans: as in `porting.from_torch`, for files.
+    arch: fields that the file does not record, {'num_heads': ...}.
 
   Raises:
     CheckpointError, PortingError: one line that names the path and the reason.
   """
   path = epath.Path(path)
-  if (path / torch_files.WEIGHTS).exists():
+  if path.is_dir():
+    folder = processes.on_main(lambda: str(checkpoint.newest(path) or ''))
+    if folder:
+      return _checked(_run(checkpoint.absolute(folder), branch or 'student'))
+    if not (path / torch_files.WEIGHTS).exists():
+      raise CheckpointError(f'{path}: no checkpoint and no {torch_files.WEIGHTS} there. FIX: name the folder of a run, '
+                            'an exported folder, or a .safetensors or .pth file')
     path = path / torch_files.WEIGHTS
-  found = _folder(path, branch) if path.is_dir() else _file(path, branch, allow, in_chans)
-  if bad := [n for n, x in named_leaves(found.params).items() if not np.isfinite(x).all()]:
-    raise PortingError(f'{found.source}: {len(bad)} tensors hold values that are not finite, the first is {bad[0]}. '
-                       'FIX: take an older checkpoint')
-  return found
+  try:
+    return _checked(_file(path, branch, allow, in_chans, arch or {}))
+  except PortingError as e:
+    raise e if str(e).startswith(str(path)) else PortingError(f'{path}: {e}') from e
 
 
 def part_of(name: str) -> str:
@@ -63,36 +79,52 @@ def part_of(name: str) -> str:
   return next(part for part, starts in PARTS.items() if name.startswith(starts))
 
 
-def _folder(path, branch) -> Weights:
-  folder = processes.on_main(lambda: str(checkpoint.newest(path) or ''))
-  if not folder:
-    raise checkpoint.CheckpointError(f'{path}: no checkpoint and no {torch_files.WEIGHTS} there. FIX: name the folder '
-                                     'of a run, an exported folder, or a .safetensors or .pth file')
-  folder = checkpoint.absolute(folder)
+def _checked(found: Weights) -> Weights:
+  if bad := [n for n, x in named_leaves(found.params).items() if not np.isfinite(x).all()]:
+    raise PortingError(f'{found.source}: {len(bad)} tensors hold values that are not finite, the first is {bad[0]}. '
+                       'FIX: take an older checkpoint')
+  return found
+
+
+def _run(folder, branch) -> Weights:
   params = unflatten_dict({tuple(name.split('/')): x for name, x in checkpoint.read_params(folder, branch).items()})
   run = folder.parent.parent
-  about = {name: json.loads((run / f'{name}.json').read_text()) for name in ('config', 'env')
-           if (run / f'{name}.json').exists()}
-  with contextlib.suppress(OSError, ValueError):      # the weights were whole
-    about['meta'] = checkpoint.read_meta(folder)
-  about['metrics'] = summary.rows(run)
-  arch = architectures.of_config(about['config']['model']) if 'config' in about else None
-  return Weights(params, arch, str(folder), about)
+  about = {name: found for name, found in (
+      ('config', _json(run / 'config.json')), ('env', _json(run / 'env.json')),
+      ('meta', _json(folder / checkpoint.META)), ('metrics', summary.rows(run))) if found}
+  model = about.get('config', {}).get('model')
+  arch = architectures.of_config(model) if isinstance(model, dict) else {}
+  return Weights(params, arch, True, (2, 3), branch, str(folder), about)
 
 
-def _file(path, branch, allow, in_chans) -> Weights:
-  known = torch_files.about(path)
-  arch = known.get('torch', {}).get('arch')
-  if arch is not None:
-    arch = architectures.of_config(arch)
-  allow = [start for word in allow for start in PARTS.get(word, (word,))]
-  tensors = torch_files.read(path)
-  try:
-    parts = convert.split(tensors, branch)
-    if arch is None and parts['backbone']:
-      arch = convert.infer_arch(parts['backbone'])
-    params = convert.from_torch(tensors, arch, allow, branch, in_chans)
-  except PortingError as e:
-    raise PortingError(f'{path}: {e}') from e
-  about = {name: known[name] for name in ('preprocessing', 'training') if name in known}
-  return Weights(params, arch, str(path), about)
+def _json(path) -> dict:
+  """{} where it is not there or torn: the weights were whole."""
+  with contextlib.suppress(OSError, ValueError):
+    return json.loads(path.read_text())
+  return {}
+
+
+def _file(path, branch, allow, in_chans, given) -> Weights:
+  tensors, about, model = torch_files.read(path), torch_files.about(path), torch_files.recorded(path)
+  nested = any(b in tensors for b in convert.BRANCHES)
+  mine = branch if nested else about.get('branch', '')
+  if branch and not nested and mine != branch:
+    raise PortingError(f'the file holds one network, {mine or "of which nothing says whose"}, no {branch}')
+  allow = [*allow, *_left_out(model)]
+  parts = convert.split(tensors, branch or 'student')
+  arch = architectures.of_config(model['arch']) if model else None
+  if arch is None and given and parts['backbone']:
+    arch = convert.infer_arch(parts['backbone']) | architectures.of_config(given)
+  params, arch = convert.load(parts, arch, allow, in_chans)
+  if 'backbone' not in params:
+    raise PortingError('holds no backbone')
+  names = params['backbone']['transformer']
+  dimensions = tuple(n for n in (2, 3) if any(f'{n}D' in name for name in names))
+  keep = {name: about[name] for name in ('preprocessing', 'training') if name in about}
+  return Weights(params, arch, bool(model or given), dimensions, mine or ('student' if nested else ''), str(path), keep)
+
+
+def _left_out(model: dict) -> list[str]:
+  """What an export says that it lacks was left out by name."""
+  return [f'{n}D' for n in (2, 3) if n not in model.get('dimensions', (2, 3))] + (
+      ['decoder'] if not model.get('decoder', True) else [])

@@ -17,8 +17,10 @@ from unimiss_jax.porting import torch_mit  # noqa: E402
 
 
 def config(**more):
-  return tiny.config(**{'steps': 3, 'loss.nce': 0., 'loss.pair_nce': 0., 'loss.slice': 0., 'loss.drr': .5,
-                        'eval.tasks': (), 'model.decoder_drop_path': 0., **more})
+  return tiny.config(**{'steps': 3, 'phases.xray': 0,
+                        'loss.nce': 0., 'loss.pair_nce': 0., 'loss.slice': 0., 'loss.drr': .5,
+                        'loss.xray': 0., 'loss.recon_xray': 0., 'eval.tasks': (),
+                        'model.decoder_drop_path': 0., **more})
 
 
 def dino(student, teacher, c):

@@ -146,6 +146,37 @@ def test_every_single_tensor_that_is_missing_is_named(params):
     assert '1 missing' in str(e.value) and 'unexpected' not in str(e.value), (gone, str(e.value))
 
 
+def test_every_single_tensor_that_is_mis_shaped_is_named(params):
+  """One entry too many along each of its axes."""
+  state = porting.to_torch(params)
+  for name, array in state.items():
+    for axis in range(array.ndim):
+      wrong = np.zeros([n + (a == axis) for a, n in enumerate(array.shape)], np.float32)
+      with pytest.raises(porting.PortingError) as e:
+        porting.from_torch(state | {name: wrong})
+      told = str(e.value)
+      if 'last_layer' not in name or axis:      # the two tensors of that layer: one word against the other's
+        assert f'1 mis-shaped: {name} ' in told and 'missing' not in told, (name, axis, told)
+
+
+def test_stray_names_and_odd_values(params):
+  state = porting.to_torch(params)
+  stray = 'backbone.transformer.block1.1.odd.weight'
+  with pytest.raises(porting.PortingError, match=f'^1 unexpected: {stray}$'):
+    porting.from_torch(state | {stray: np.zeros(3, np.float32)})
+  for value in (np.zeros(8, np.complex64), np.zeros(8, np.int64), np.zeros(8, bool)):
+    with pytest.raises(porting.PortingError, match='weights are floating-point numbers'):
+      porting.from_torch(state | {stray: value})
+  for nothing in (3, None, np.zeros(3)):
+    with pytest.raises(porting.PortingError, match='where names and tensors were expected'):
+      porting.from_torch({'student': nothing})
+  gone = next(n for n in state if 'block3' in n)
+  with pytest.raises(porting.PortingError, match=f'1 missing: {gone}'):      # a string is one piece of a name
+    porting.from_torch({n: a for n, a in state.items() if n != gone}, allow='3D')
+  with pytest.raises(porting.PortingError, match="'' would allow everything"):
+    porting.from_torch(state, allow=[''])
+
+
 def test_other_input_channels(params):
   """A grey image, given on every channel, gets the same answer from the adapted stem; sums and turns by hand."""
   stem, recon = 'backbone.transformer.ConvBlock2D0.0.conv.weight', 'backbone.recon_conv2D.'

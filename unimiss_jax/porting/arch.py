@@ -1,6 +1,8 @@
 """Which MiT+ a set of tensors is."""
 from __future__ import annotations
 
+import collections
+import functools
 import re
 
 from unimiss_jax import models
@@ -18,7 +20,10 @@ def model(arch) -> MiTPlus:
     if arch not in models.BACKBONES:
       raise PortingError(f'arch={arch!r}: known are {", ".join(models.BACKBONES)}, or a dict of fields')
     return models.BACKBONES[arch]()
-  return MiTPlus(**arch)
+  try:
+    return MiTPlus(**{k: tuple(v) if isinstance(v, list) else v for k, v in arch.items()})
+  except TypeError as e:
+    raise PortingError(f'arch: {" ".join(str(e).split())}. FIX: use the fields of MiTPlus') from e
 
 
 def of_config(leaves: dict) -> dict:
@@ -26,63 +31,104 @@ def of_config(leaves: dict) -> dict:
   return {k: tuple(v) if isinstance(v, list) else v for k, v in leaves.items() if k not in ('name', *TRAINING)}
 
 
+def fields(arch) -> dict:
+  """Every field of `arch` that matters, defaults filled in, as JSON writes it."""
+  module = model(arch)
+  names = [n for n in MiTPlus.__dataclass_fields__ if n not in ('parent', 'name', *TRAINING)]
+  return {n: list(v) if isinstance(v := getattr(module, n), tuple) else v for n in names}
+
+
+@functools.lru_cache(maxsize=8)      # a second of tracing
 def shapes(module) -> dict:
   """Path -> shape of all parameters."""
-  return {path: leaf.shape for path, leaf in models.param_shapes(module).items()}
+  try:
+    return {path: leaf.shape for path, leaf in models.param_shapes(module).items()}
+  except (TypeError, ValueError, ZeroDivisionError) as e:
+    told = {n: getattr(module, n) for n in ('embed_dims', 'depths', 'sr_ratios', 'image_size', 'volume_size')}
+    raise PortingError(f'these fields make no MiT+ ({" ".join(str(e).split())[:200]}): {told}. FIX: give those that '
+                       'were inferred wrongly (arch=, or --arch)') from e
+
+
+def select(shapes_of: dict, decoder: bool, dimensions) -> dict:
+  """Those of the paths of a whole model that are left without the decoder or without 2-D or 3-D."""
+  gone = [f'{n}D' for n in (2, 3) if n not in dimensions]
+  return {path: shape for path, shape in shapes_of.items()
+          if (decoder or path[0] == 'transformer') and not any(g in part for g in gone for part in path)}
 
 
 def infer_arch(tensors) -> dict:
   """The `MiTPlus` fields that a backbone's tensors show: all but the heads and what has no weights.
 
-  Each is read from several tensors where it can be, so that one that is missing is named as missing. The depth of
-  volumes shows nowhere in the tables: it is taken to be the default 16.
+  Each is what most of the tensors that show it say, so that one that is missing or mis-shaped can be named. The depth
+  of volumes and sizes that are not square show nowhere: 16 and squares are assumed.
 
   Args:
     tensors: name -> array in PyTorch's layout, without 'backbone.'.
 
   Raises:
-    PortingError: a tensor that is needed is absent.
+    PortingError: no tensor shows a field.
   """
   found = {name: tuple(array.shape) for name, array in tensors.items()}
 
-  def find(name, default=None):
-    """Shape of the 2-D tensor of this name ('?D'), else of the 3-D one."""
-    for rank in ('2D', '3D'):
-      if shape := found.get(name.replace('?D', rank)):
-        return shape
-    if default is None:
-      raise PortingError(f'architecture not inferred: 1 missing: backbone.{name.replace("?D", "2D")}. FIX: is this a '
-                         'MiT+? else pass arch=')
-    return default
+  def sizes(pattern, axis):
+    return [shape[axis] for name, shape in found.items()
+            if re.fullmatch(pattern, name) and -len(shape) <= axis < len(shape)]
 
-  any_of = lambda pattern: any(re.fullmatch(pattern, name) for name in found)
-  number = lambda prefix: [int(m[1]) for name in found if (m := re.match(prefix + r'\.(\d+)\.', name))]
-  depth = lambda prefix: 1 + max(number(prefix), default=-1)
-  stages, first = range(1, 5), int(any_of(r'transformer\.cls_tokens\d.*'))
-  embed_dims = [find(f'transformer.ConvBlock?D{i}.0.conv.weight')[0] for i in range(2)]
-  embed_dims += [find(f'transformer.patch_embed?D{i}.proj.conv.weight')[0] for i in stages]
+  def vote(*places, default=None):
+    """The commonest length of (pattern of names, axis)."""
+    ballots = collections.Counter(n for place in places for n in sizes(*place))
+    if not ballots and default is None:
+      raise PortingError(f'architecture not inferred: nothing is called {places[0][0]}. FIX: is this a MiT+? else pass '
+                         'arch=')
+    return ballots.most_common(1)[0][0] if ballots else default
+
+  def depth(prefix):
+    """Blocks; a stray name makes none."""
+    members = collections.Counter(m[1] for name in found if (m := re.match(prefix + r'\.(\d+)\.', name)))
+    return sum(n > 4 for n in members.values())
+
+  unit = lambda name: ((rf'{name}\.conv\.weight', 0), (rf'{name}\.norm\.(weight|bias)', 0))
+  block = lambda name: (rf'{name}\.\d+\.(norm\d|attn\.norm|mlp\.fc2)\.(weight|bias)', 0)
+  stages, first = range(1, 5), int(any(re.match(r'transformer\.cls_tokens\d', name) for name in found))
+  embed_dims = [vote(*unit(r'transformer\.ConvBlock.D0\.0')), vote(*unit(r'transformer\.ConvBlock.D1\.\d'))]
+  embed_dims += [vote(*unit(rf'transformer\.patch_embed.D{i}\.proj1?'), (rf'transformer\.pos_embed.D{i}', 2),
+                      block(rf'transformer\.block{i}')) for i in stages]
+  hidden = vote((r'transformer\.block1\.\d+\.mlp\.fc1\.(weight|bias)', 0),
+                (r'transformer\.block1\.\d+\.mlp\.fc2\.weight', 1))
   arch = dict(
       embed_dims=tuple(embed_dims),
-      depths=tuple(depth(f'transformer.block{i}') for i in stages),
-      sr_ratios=tuple(find(f'transformer.block{i}.0.attn.sr?D.weight', (1,) * 3)[-1] for i in stages),
-      mlp_ratio=find('transformer.block1.0.mlp.fc1.weight')[0] / embed_dims[2],
+      depths=tuple(depth(rf'transformer\.block{i}') for i in stages),
+      sr_ratios=tuple(vote((rf'transformer\.block{i}\.\d+\.attn\.sr.D\.weight', -1),
+                           (rf'transformer\.block{i}\.\d+\.attn\.sr.D\.weight', 2), default=1) for i in stages),
+      mlp_ratio=hidden / embed_dims[2],
       cls_token=bool(first),
-      conv_residual=any_of(r'transformer\.patch_embed.D1\.proj\.skip\.weight'),
-      final_norm=any_of(r'transformer\.final_norm\..*'),
-      in_channels=tuple(found.get(f'transformer.ConvBlock{rank}0.0.conv.weight', (0, c))[1]
-                        for rank, c in zip(('2D', '3D'), MiTPlus.in_channels)))
-  planes = MiTPlus.volume_size[0] // 2      # of the tables of s1; s2 and s3 have half as many
-  for rank, size in (('2D', 'image_size'), ('3D', 'volume_size')):
-    tokens = {i: found[name][1] - first for i in stages if (name := f'transformer.pos_embed{rank}{i}') in found}
-    sides = {i: round((n / (1 if rank == '2D' else planes if i == 1 else planes // 2))**0.5) for i, n in tokens.items()}
-    widths = [4 * side * 2**(i - 1) for i, side in sides.items() if i < 4]
-    if widths:
-      arch[size] = widths[0] if rank == '2D' else (2 * planes, widths[0], widths[0])
+      conv_residual=bool(sizes(r'transformer\.patch_embed.D1\.proj\.skip\.weight', 0)),
+      final_norm=bool(sizes(r'transformer\.final_norm\..*', 0)),
+      in_channels=tuple(vote((rf'transformer\.ConvBlock{n}D0\.0\.conv\.weight', 1),
+                             (rf'recon_conv{n}D\.(weight|bias)', 0), default=default)
+                        for n, default in zip((2, 3), MiTPlus.in_channels)))
+  planes = MiTPlus.volume_size[0] // 2      # of the tables of s1; the others have half as many
+  widths, ratios = {2: [], 3: []}, []
+  for n, widths_of in widths.items():
+    sides = {i: round((max(rows - first, 1) / (1 if n == 2 else planes if i == 1 else planes // 2))**.5)
+             for i in stages for rows in sizes(rf'transformer\.pos_embed{n}D{i}', 1)}
+    widths_of += [4 * side * 2**(i - 1) for i, side in sides.items() if i < 4]
     if {3, 4} <= sides.keys():
-      arch.setdefault('last_stride', round(sides[3] / max(sides[4], 1)))
+      ratios.append(round(sides[3] / max(sides[4], 1)))
+  most = lambda values: collections.Counter(values).most_common(1)[0][0]
+  if ratios:
+    arch['last_stride'] = min(max(most(ratios), 1), 2)
+  if widths[2]:
+    arch['image_size'] = most(widths[2])
+  if widths[3]:
+    arch['volume_size'] = (2 * planes, most(widths[3]), most(widths[3]))
   if depth('Decblock1'):
-    ups = [f'DecEmbed?D{i}.proj.weight' for i in (1, 2, 3)] + [f'TransposeConv?D{i}.weight' for i in (1, 2)]
-    arch |= dict(decoder_dims=tuple(find(name)[1] for name in ups),
-                 decoder_depths=tuple(depth(f'Decblock{i}') for i in (1, 2, 3)),
-                 decoder_sr_ratios=tuple(find(f'Decblock{i}.0.attn.sr?D.weight')[-1] for i in (1, 2, 3)))
+    arch |= dict(
+        decoder_dims=tuple(vote((rf'DecEmbed.D{i}\.proj\.bias', 0), (rf'DecEmbed.D{i}\.proj\.weight', 1),
+                                *unit(rf'DecEmbed.D{i}\.proj1'), block(f'Decblock{i}')) for i in (1, 2, 3))
+        + (vote((r'TransposeConv.D1\.bias', 0), (r'TransposeConv.D1\.weight', 1), *unit(r'DeConvBlock.D1')),
+           vote((r'TransposeConv.D2\.bias', 0), (r'TransposeConv.D2\.weight', 1), (r'recon_conv.D\.weight', 1))),
+        decoder_depths=tuple(depth(f'Decblock{i}') for i in (1, 2, 3)),
+        decoder_sr_ratios=tuple(vote((rf'Decblock{i}\.\d+\.attn\.sr.D\.weight', -1),
+                                     (rf'Decblock{i}\.\d+\.attn\.sr.D\.weight', 2), default=1) for i in (1, 2, 3)))
   return arch

@@ -1,7 +1,9 @@
 """Weights of the released PyTorch code <-> our parameters, strict in both directions."""
 from __future__ import annotations
 
+import collections
 import re
+from collections.abc import Mapping
 
 import jax
 import numpy as np
@@ -14,6 +16,10 @@ from unimiss_jax.porting import torch_names
 from unimiss_jax.porting.arch import infer_arch
 from unimiss_jax.porting.errors import PortingError
 
+# The parts of a MiT+ and how their names begin; a part's name is understood in `allow`.
+PARTS = {'encoder': ('backbone.transformer.',),
+         'decoder': tuple(f'backbone.{name}' for name in ('Dec', 'DeConv', 'TransposeConv', 'recon_conv', 'norm.')),
+         'head': ('head.',)}
 BRANCHES = ('student', 'teacher')
 IN_CHANS = ('strict', 'sum', 'repeat')
 ENCODER = re.compile(r'(cls_tokens|pos_embed|ConvBlock|patch_embed|block|final_norm)')    # below 'transformer.'
@@ -29,12 +35,12 @@ def from_torch(state_dict, arch=None, allow=(), branch='student', in_chans='stri
       'module.' and absent 'backbone.', 'head.' and 'transformer.' are put right; both spellings of weight norm.
     arch: dict of `MiTPlus` fields, 'mit_plus' (its defaults), or None = inferred from the tensors.
     allow: substrings of names that may be missing (then absent from the result) or surplus; ('3D',) takes a 2D-only
-      file, ('2D',) a 3D-only one.
+      file, ('2D',) a 3D-only one, ('decoder',) and ('head',) stand for all names of that part.
     branch: 'student' or 'teacher', where the file has both.
-    in_chans: input channels that are not those of `arch` (None: 3 for images, 1 for volumes) are an error ('strict'),
-      or the stem sees the file's channels summed and spread evenly ('sum'), or in turn, scaled by file / model
-      ('repeat'). The reconstruction's channels are the file's mean, or the file's in turn. Chosen by us; both keep the
-      answer to a grey image where one number of channels divides the other.
+    in_chans: 'strict': input channels that are not those of `arch` are an error (arch=None takes those of the file).
+      Else they become those of `arch` (None: 3 of images, 1 of volumes): the stem sees the file's channels summed and
+      spread evenly ('sum'), or in turn, scaled by file / model ('repeat'); the reconstruction's are the file's mean, or
+      the file's in turn. Chosen by us; both keep the answer to a grey image where one number divides the other.
 
   Returns:
     {'backbone': params, 'head': params}, numpy arrays of the dtype given; a part that is absent stays absent.
@@ -42,10 +48,18 @@ def from_torch(state_dict, arch=None, allow=(), branch='student', in_chans='stri
   Raises:
     PortingError: lists what is missing, unexpected or mis-shaped.
   """
+  return load(split(state_dict, branch), arch, allow, in_chans)[0]
+
+
+def load(parts, arch=None, allow=(), in_chans='strict') -> tuple[dict, dict | None]:
+  """What `split` gives -> (parameters, the fields of their architecture); arguments and errors as `from_torch`."""
   if in_chans not in IN_CHANS:
     raise PortingError(f'in_chans={in_chans!r}: known are {", ".join(IN_CHANS)}')
-  parts = split(state_dict, branch)
-  params = {}
+  allow = (allow,) if isinstance(allow, str) else tuple(allow)
+  if '' in allow:
+    raise PortingError("allow: '' would allow everything. FIX: name pieces of names")
+  allow = [start for word in allow for start in PARTS.get(word, (word,))]
+  params, width = {}, None
   if parts['backbone']:
     if arch is None:
       arch = infer_arch(parts['backbone'])
@@ -55,11 +69,12 @@ def from_torch(state_dict, arch=None, allow=(), branch='student', in_chans='stri
     if in_chans != 'strict':
       _adapt_channels(parts['backbone'], module.in_channels, in_chans)
     params['backbone'] = _convert('backbone', parts['backbone'], architectures.shapes(module), allow)
+    width = module.embed_dims[-1]
   if parts['head']:
-    params['head'] = _convert('head', parts['head'], _head_shapes(parts['head']), allow)
+    params['head'] = _convert('head', parts['head'], _head_shapes(parts['head'], width), allow)
   if not params:
     raise PortingError('no tensors given')
-  return params
+  return params, arch
 
 
 def to_torch(params, arch=None) -> dict:
@@ -88,6 +103,12 @@ def to_torch(params, arch=None) -> dict:
   return out
 
 
+def from_tensors(tensors) -> dict:
+  """Names with 'backbone.' and 'head.' -> our two trees, unchecked."""
+  tree = torch_names.from_torch_tree(tensors)
+  return {part: tree.get(part, {}) for part in ('backbone', 'head')}
+
+
 def split(state_dict, branch='student') -> dict:
   """All nestings stripped: {'backbone': {name: numpy array}, 'head': likewise}.
 
@@ -101,8 +122,10 @@ def split(state_dict, branch='student') -> dict:
       raise PortingError(f'branch={branch!r} is not in the file, only {levels[0]!r} is')
     state_dict = state_dict[branch]
   for level in ('state_dict', 'model'):
-    if level in state_dict and hasattr(state_dict[level], 'items'):
+    if isinstance(state_dict, Mapping) and isinstance(state_dict.get(level), Mapping):
       state_dict = state_dict[level]
+  if not isinstance(state_dict, Mapping):
+    raise PortingError(f'holds a {type(state_dict).__name__} where names and tensors were expected')
   parts = {'backbone': {}, 'head': {}}
   for name, tensor in state_dict.items():
     part, rest = _place(name)
@@ -111,7 +134,7 @@ def split(state_dict, branch='student') -> dict:
                          'holds weights')
     if rest in parts[part]:
       raise PortingError(f'two tensors are called {part}.{rest}')
-    parts[part][rest] = _array(tensor)
+    parts[part][rest] = _array(name, tensor)
   return parts
 
 
@@ -126,15 +149,21 @@ def _place(name: str) -> tuple[str, str]:
   return 'backbone', f'transformer.{name}' if ENCODER.match(name) else name
 
 
-def _array(tensor) -> np.ndarray:
-  """Array or tensor -> numpy; bfloat16 stays what it is."""
-  if not hasattr(tensor, 'detach'):
-    return np.asarray(tensor)
-  tensor = tensor.detach().cpu()
-  if str(tensor.dtype) == 'torch.bfloat16':
-    import torch
-    return tensor.contiguous().view(torch.int16).numpy().view(jax.numpy.bfloat16)
-  return tensor.numpy()
+def _array(name, tensor) -> np.ndarray:
+  """Array or tensor of floats -> numpy; bfloat16 stays what it is."""
+  try:
+    if hasattr(tensor, 'detach'):
+      tensor = tensor.detach().cpu()
+      if str(tensor.dtype) == 'torch.bfloat16':
+        import torch
+        return tensor.contiguous().view(torch.int16).numpy().view(jax.numpy.bfloat16)
+      tensor = tensor.numpy()
+    array = np.asarray(tensor)
+  except Exception as e:      # sparse, quantised, on no device: torch has an exception for each
+    raise PortingError(f'{name} cannot be read ({" ".join(str(e).split())[:100]}). FIX: save dense tensors') from e
+  if not jax.numpy.issubdtype(array.dtype, np.floating):
+    raise PortingError(f'{name} is of type {array.dtype}, weights are floating-point numbers')
+  return array
 
 
 def _adapt_channels(tensors, wanted, how):
@@ -158,19 +187,36 @@ def _adapt_channels(tensors, wanted, how):
       tensors[name] = wide.astype(array.dtype)
 
 
-def _head_shapes(tensors):
-  """Shapes of the head whose widths its own tensors tell; one without any prototypes is a projection alone."""
-  def width(places, default=1):
-    """places: (name, axis) pairs that show the same width."""
-    return next((tensors[name].shape[axis] for name, axis in places
-                 if name in tensors and tensors[name].ndim > axis), default)
-  last_layer = any(name.startswith('last_layer.') for name in tensors)
-  head = DINOHead(width([('last_layer.weight_v', 0), ('last_layer.weight_g', 0)]),
-                  width([('mlp.0.weight', 0), ('mlp.0.bias', 0), ('mlp.2.weight', 0)]),
-                  width([('mlp.4.weight', 0), ('mlp.4.bias', 0), ('last_layer.weight_v', 1)]), last_layer)
-  x = jax.ShapeDtypeStruct((1, width([('mlp.0.weight', 1)])), np.float32)
+def _head_shapes(tensors, in_dim=None):
+  """Shapes of the head whose widths most of its own tensors tell; one without any prototypes is a projection alone.
+
+  in_dim: width of the embedding that it belongs to, if that is known.
+  """
+  def width(*places):
+    """places: (name, axis) that show the same width."""
+    votes = collections.Counter(tensors[name].shape[axis] for name, axis in places
+                                if name in tensors and tensors[name].ndim > axis)
+    return votes.most_common(1)[0][0] if votes else 1
+  w, b = ([f'mlp.{i}.{leaf}' for i in (0, 2, 4)] for leaf in ('weight', 'bias'))
+  v, g = 'last_layer.weight_v', 'last_layer.weight_g'
+  head = DINOHead(width((v, 0), (g, 0)), width((w[0], 0), (b[0], 0), (w[1], 0), (w[1], 1), (b[1], 0), (w[2], 1)),
+                  width((w[2], 0), (b[2], 0), (v, 1)), any(name.startswith('last_layer.') for name in tensors))
+  x = jax.ShapeDtypeStruct((1, in_dim or width((w[0], 1))), np.float32)
   tree = jax.eval_shape(head.init, jax.random.key(0), x)['params']
   return {path: leaf.shape for path, leaf in flatten_dict(tree).items()}
+
+
+def check(params, arch, dimensions) -> None:
+  """Raises PortingError unless the trees hold every tensor of their parts, of these dimensions, and no others."""
+  if 'backbone' in params:
+    found = {path: leaf.shape for path, leaf in flatten_dict(params['backbone']).items()}
+    decoder = any(path[0] != 'transformer' for path in found)
+    whole = architectures.shapes(architectures.model(arch))
+    _check('backbone', found, architectures.select(whole, decoder, dimensions), ())
+  if 'head' in params:
+    tree = split(to_torch(params['head']))['head']
+    found = {path: leaf.shape for path, leaf in flatten_dict(params['head']).items()}
+    _check('head', found, _head_shapes(tree, architectures.model(arch).embed_dims[-1]), ())
 
 
 def _convert(part, tensors, shapes, allow):
@@ -199,10 +245,13 @@ def _check(part, found, expected, allow):
 def _remedy(faults, found) -> str:
   """What would help, where it can be seen."""
   missing = faults['missing']
-  for rank, other in (('2D', '3D'), ('3D', '2D')):
-    if missing and not faults['unexpected'] and all(other in name for name in missing) and not any(
-        other in part for path in found for part in path):
-      return f". FIX: this is a {rank}-only file: allow=('{other}',), or --allow={other} on a command line, takes it"
+  says = ". FIX: this is {}: allow=('{}',), --allow={} or --config.init_allow={} takes it"
+  if missing and not faults['unexpected']:
+    for rank, other in (('2D', '3D'), ('3D', '2D')):
+      if all(other in n for n in missing) and not any(other in part for path in found for part in path):
+        return says.format(f'a {rank}-only file', *(other,) * 3)
+    if found and all(path[0] == 'transformer' for path in found) and not any('transformer' in n for n in missing):
+      return says.format('an encoder alone', *('decoder',) * 3)
   if faults['mis-shaped'] and all('.ConvBlock' in t or '.recon_conv' in t for t in faults['mis-shaped']):
-    return ". FIX: other input channels: in_chans='sum' or 'repeat' adapts them"
+    return ". FIX: other input channels: in_chans='sum' or 'repeat' adapts them (--in_chans of cli.export)"
   return ''

@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import importlib
+import math
 
 import jax
 import numpy as np
@@ -25,13 +26,14 @@ def tables(module) -> dict:
   return out
 
 
-def resize(backbone: dict, old, new, how: str = 'grid') -> dict:
+def resize(backbone: dict, old, new, how: str = 'grid', sure: bool = True) -> dict:
   """Parameters whose position tables have the native sizes of another architecture.
 
   Args:
     backbone: nested dict of numpy arrays.
     old, new: architectures as `porting.from_torch` takes them.
     how: a key of POS_RESIZE.
+    sure: False = `old` was inferred, so a table with the right number of tokens is taken as it is.
 
   Returns:
     A tree like `backbone`; tables of the right size are the same arrays.
@@ -47,6 +49,8 @@ def resize(backbone: dict, old, new, how: str = 'grid') -> dict:
   for path, (grid, cls_token) in tables(architectures.model(old)).items():
     if path in leaves and path in wanted and wanted[path][0] != grid:
       table = np.asarray(leaves[path])
+      if not sure and math.prod(wanted[path][0]) == math.prod(grid):
+        continue
       leaves[path] = change(table, grid, wanted[path][0], cls_token).astype(table.dtype)
   return unflatten_dict(leaves)
 

@@ -11,22 +11,30 @@ from unimiss_jax.porting import parity
 PLATFORMS = ('cpu', 'cuda', 'tpu')
 
 
-def export(tensors: dict, model: dict) -> dict[str, bytes]:
-  """One artefact per dimension: {'forward_2d.stablehlo': bytes}, for inputs of native size and any batch.
+def export(folder, tensors: dict, model: dict, proof: dict) -> dict:
+  """Writes one artefact per dimension, forward_2d.stablehlo and forward_3d.stablehlo, for any batch of native size.
 
   Each is called as `jax.export.deserialize(bytes).call({name: array}, x)`, x channels first, and returns
   {'embedding': [B, E], 'c0': ..., 's4': ..., 'reconstruction': ..., 'logits': ...}, channels first.
 
   Args:
+    folder: a local folder.
     tensors: name -> array, as exported.
     model: keyword arguments of `torch_mit.UniMiSSPlus`.
+    proof: what `parity.compare` gave.
+
+  Returns:
+    The proof, with the differences of the files to PyTorch among its inputs.
   """
   module = architectures.model(model['arch'])
   weights = {name: jax.ShapeDtypeStruct(array.shape, array.dtype) for name, array in tensors.items()}
   batch, = jax.export.symbolic_shape('b')
-  out = {}
   for n in model['dimensions']:
     x = jax.ShapeDtypeStruct((batch, module.in_channels[n - 2], *module.native_size(n)), np.float32)
-    f = jax.export.export(jax.jit(parity.forward(model)), platforms=PLATFORMS)
-    out[f'forward_{n}d.stablehlo'] = f(weights, x).serialize()
-  return out
+    with jax.default_matmul_precision('highest'):
+      made = jax.export.export(jax.jit(parity.forward(model)), platforms=PLATFORMS)(weights, x)
+    file = folder / f'forward_{n}d.stablehlo'
+    file.write_bytes(made.serialize())
+    call = jax.export.deserialize(file.read_bytes()).call
+    proof = parity.joined(proof, {file.name: parity.of_artefact(call, tensors, model, n)})
+  return proof

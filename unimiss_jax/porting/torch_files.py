@@ -2,11 +2,13 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import io
 import json
 import logging
 import re
 import warnings
+from collections.abc import Mapping
 
 import ml_dtypes
 import numpy as np
@@ -17,7 +19,8 @@ from etils import epath
 from unimiss_jax.porting.errors import PortingError
 
 WEIGHTS, ABOUT = 'model.safetensors', 'config.json'      # what an exported folder holds
-MAGIC = b'PK\x03\x04', b'\x80'                          # of torch.save: a zip archive, a bare pickle
+MODEL = 'unimiss_jax'                                    # key of the file's metadata
+MAGIC = b'PK\x03\x04', *(b'\x80' + bytes([protocol]) for protocol in range(2, 6))    # a zip archive, a bare pickle
 DTYPES = {'F64': 'f8', 'F32': 'f4', 'F16': 'f2', 'BF16': ml_dtypes.bfloat16, 'BOOL': '?',
           **{f'{sign.upper()}{8 * n}': f'{sign}{n}' for sign in 'iu' for n in (1, 2, 4, 8)}}
 
@@ -38,40 +41,57 @@ def read(path) -> dict:
     start = f.read(16)
   if not start:
     raise PortingError(f'{path}: the file is empty. FIX: copy it again')
+  header = int.from_bytes(start[:8], 'little')      # of a safetensors file: its length, then a JSON object
+  if start[8:9] == b'{' and not (start.startswith(MAGIC) and header > 1 << 32):
+    return _safetensors(path)
   if start.startswith(MAGIC):
     return _torch(path)
-  if start[8:9] == b'{':
-    return _safetensors(path)
   raise PortingError(f'{path}: neither a file of torch.save nor safetensors (it begins with {bytes(start)!r})')
 
 
-def write(path, tensors: dict) -> None:
+def write(path, tensors: dict, model: dict | None = None) -> None:
   """One safetensors file for PyTorch, read back and compared before it is believed.
 
   Args:
     path: a local or remote file.
     tensors: name -> array.
+    model: what `recorded` gives back: a file that is parted from its folder still knows its architecture.
 
   Raises:
     PortingError: what was read back is not what was written.
   """
   # safetensors writes the memory as it lies: an array that is not contiguous would come back with other values.
   tensors = {name: np.ascontiguousarray(array).reshape(array.shape) for name, array in tensors.items()}
-  epath.Path(path).write_bytes(safetensors.numpy.save(tensors, metadata={'format': 'pt'}))
+  metadata = {'format': 'pt'} | ({MODEL: json.dumps(model)} if model else {})
+  epath.Path(path).write_bytes(safetensors.numpy.save(tensors, metadata=metadata))
   back = read(path)
   if bad := [n for n, a in tensors.items() if n not in back or back[n].dtype != a.dtype
              or back[n].tobytes() != a.tobytes() or back[n].shape != a.shape]:
     raise PortingError(f'{path}: {len(bad)} tensors differ when read back, the first is {bad[0]}. FIX: check the disk')
 
 
+def recorded(path) -> dict:
+  """The keyword arguments of `torch_mit.UniMiSSPlus` that a safetensors file of ours carries; {} for other files."""
+  with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+    with epath.Path(path).open('rb') as f:
+      length = int.from_bytes(f.read(8), 'little')
+      model = json.loads(json.loads(f.read(min(length, 1 << 26)))['__metadata__'][MODEL])
+    return model if isinstance(model, dict) and isinstance(model.get('arch'), dict) else {}
+  return {}
+
+
+def sha(path) -> str:
+  """Of a file's content."""
+  return hashlib.blake2b(epath.Path(path).read_bytes(), digest_size=16).hexdigest()
+
+
 def about(path) -> dict:
-  """The config.json beside exported weights; {} where there is none of ours."""
-  file = epath.Path(path).parent / ABOUT
-  try:
-    found = json.loads(file.read_text())
-  except (OSError, ValueError):
-    return {}
-  return found if isinstance(found, dict) and 'torch' in found else {}
+  """The config.json beside an exported file, if it is about this very file; {} else."""
+  with contextlib.suppress(OSError, ValueError):
+    found = json.loads((epath.Path(path).parent / ABOUT).read_text())
+    if isinstance(found, dict) and 'sha' in found and found['sha'] == sha(path):
+      return found
+  return {}
 
 
 def _safetensors(path) -> dict:
@@ -88,13 +108,14 @@ def _torch(path) -> dict:
     import torch
   except ImportError as e:
     raise PortingError(f'{path}: PyTorch reads this file, and is not installed. FIX: pip install torch') from e
-  local = '://' not in str(path)
+  # torch.load believes the ending of a name; what is inside decides here.
+  local = '://' not in str(path) and path.suffix != '.safetensors'
   with _quiet(), torch.serialization.safe_globals(_harmless(torch)):
     try:
       with contextlib.suppress(RuntimeError, ValueError):      # files of before PyTorch 1.6 cannot be mapped
         if local:
           return _entries(path, torch.load(str(path), 'cpu', weights_only=True, mmap=True))
-      with (path.open('rb') if local else io.BytesIO(path.read_bytes())) as f:
+      with io.BytesIO(path.read_bytes()) as f:
         return _entries(path, torch.load(f, 'cpu', weights_only=True))
     except PortingError:
       raise
@@ -103,7 +124,7 @@ def _torch(path) -> dict:
 
 
 def _entries(path, found) -> dict:
-  if not hasattr(found, 'items'):
+  if not isinstance(found, Mapping):
     raise PortingError(f'{path}: holds a {type(found).__name__}, not named tensors. FIX: save a state_dict()')
   return found
 
@@ -120,7 +141,7 @@ def _harmless(torch) -> list:
 
 def _why(path, error) -> str:
   text = ' '.join(str(error).split())
-  if 'Weights only load failed' in text:
+  if 'Weights only load failed' in text or isinstance(error, (TypeError, ValueError)):
     found = re.search(r'GLOBAL ([\w.]+)|Unsupported class ([\w.]+)|([\w.]+) was not an allowed', text)
     what = ('holds more than arrays, numbers and text' if not found else
             f'wants to call {next(filter(None, found.groups()))}')

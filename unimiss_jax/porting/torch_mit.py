@@ -85,9 +85,12 @@ class Arch:
       out.append(size)
     return out
 
+  def native_size(self, n: int) -> tuple:
+    """What the position tables are made for."""
+    return (self.image_size,) * 2 if n == 2 else tuple(self.volume_size)
+
   def native_grids(self, n: int) -> list[tuple]:
-    """`grids` of the size that the position tables are made for."""
-    return self.grids((self.image_size,) * 2 if n == 2 else tuple(self.volume_size))
+    return self.grids(self.native_size(n))
 
   def check(self, shape):
     """Raises ValueError for an input that the strides do not divide, that is too small or has other channels."""

@@ -1,6 +1,8 @@
 """What a user must know about exported weights: the preprocessing contract, the training, and the model card."""
 from __future__ import annotations
 
+import json
+
 import unimiss_jax
 
 RESEARCH = 'Research use only. Not a medical device; not for diagnosis, triage or treatment.'
@@ -61,8 +63,9 @@ def training(weights) -> dict:
       'samples_seen': meta.get('positions', {}),
       'data': {s: {'source': source(s), **records.get(s, {})} for s in ('ct', 'xray') if config['phases'][s]},
       'config_hash': meta.get('config_hash'), 'seed': config['seed'], 'devices': env.get('devices', []),
-      'hosts': env.get('hosts'), 'versions': meta.get('versions') or env.get('packages', {}),
-      'evaluation_set': config['eval']['knn'] or 'phantoms', 'evaluation': _evaluation(about.get('metrics', []))}
+      'hosts': env.get('hosts'), 'init_from': config.get('init_from') or None,
+      'versions': meta.get('versions') or env.get('packages', {}),
+      'evaluation_set': config['eval']['knn'] or 'phantoms', 'evaluation': _evaluation(about.get('metrics', []), step)}
 
 
 def _ct_crop(views) -> str:
@@ -72,13 +75,14 @@ def _ct_crop(views) -> str:
   return f'{views["size"][0]} slices; in-plane {low:g} to {high:g} times {views["size"][1]} voxels, resized to that'
 
 
-def _evaluation(metrics) -> dict:
-  """The last scores, with those of the untrained network and of raw pixels."""
+def _evaluation(metrics, step) -> dict:
+  """The scores of this step, with those of the first step and of raw pixels; none, if it was not evaluated."""
   rows = [r for r in metrics if r.get('phase') == 'eval']
-  if not rows:
+  now = [r for r in rows if r['step'] == step]
+  if not now:
     return {}
-  first, last = rows[0], rows[-1]
-  return {k: {'value': v, 'untrained': first.get(k), 'raw_pixels': first.get(k.replace('eval/', 'eval/raw_', 1))}
+  first, last = rows[0], now[-1]
+  return {k: {'value': v, 'at_start': first.get(k), 'raw_pixels': first.get(k.replace('eval/', 'eval/raw_', 1))}
           for k, v in last.items() if k.startswith('eval/') and k.count('/') == 1 and not k.startswith('eval/raw_')}
 
 
@@ -96,11 +100,12 @@ def card(name: str, config: dict, parity: dict, files: list, license_id: str, da
   arch, net = config['torch']['arch'], config['torch']
   parts = ', '.join(p for p, there in (('encoder', True), ('decoder', net['decoder']), ('head', net['head'])) if there)
   lines = [
-      '---', f'license: {license_id}', 'library_name: unimiss_jax', 'pipeline_tag: image-feature-extraction',
+      '---', f'license: {json.dumps(license_id)}', 'library_name: unimiss_jax',
+      'pipeline_tag: image-feature-extraction',
       'tags:', *(f'- {tag}' for tag in TAGS), '---', '',
       f'# {name}', '', f'**{RESEARCH}**', '',
       f'{config["architecture"]} ({config["parameters"] / 1e6:.2f} M parameters: {parts}), '
-      f'the {config["branch"]} of its training, for {" and ".join(DIMENSIONS[n] for n in net["dimensions"])}. '
+      f'{_whose(config["branch"])}for {" and ".join(DIMENSIONS[n] for n in net["dimensions"])}. '
       f'Weights are {config["dtype"]}, in PyTorch layout, under the names of the released UniMiSS+ code.', '',
       '## Use', '', 'In this folder, with PyTorch and safetensors installed:', '', '```python', USE, '```', '',
       'Sizes other than the native ones work: position tables are interpolated on their grid.', '',
@@ -110,7 +115,8 @@ def card(name: str, config: dict, parity: dict, files: list, license_id: str, da
       lines += [f'**{kind}**', '', *_rows(rules), '']
   else:
     lines += [f'{UNKNOWN.capitalize()}. The released UniMiSS+ code feeds volumes as HU / 1024 and images as grey '
-              'values in [0, 1] three times, without mean and deviation.', '']
+              'values in [0, 1] three times, without mean and deviation.', '',
+              f'Channels: images {arch["in_channels"][0]}, volumes {arch["in_channels"][1]}.', '']
   lines += ['## Training', '']
   if how:
     apart = 'data', 'evaluation', 'evaluation_set'
@@ -124,8 +130,8 @@ def card(name: str, config: dict, parity: dict, files: list, license_id: str, da
   if how.get('evaluation'):
     lines += ['## Results', '', 'Scores of the run itself, on its own evaluation set '
               f'({_cell(how["evaluation_set"])}); one seed, no interval.', '',
-              '| score | value | untrained | raw pixels |', '| --- | --- | --- | --- |',
-              *(f'| {k[5:]} | {_number(v["value"])} | {_number(v["untrained"])} | {_number(v["raw_pixels"])} |'
+              '| score | value | at step 0 | raw pixels |', '| --- | --- | --- | --- |',
+              *(f'| {k[5:]} | {_number(v["value"])} | {_number(v["at_start"])} | {_number(v["raw_pixels"])} |'
                 for k, v in how['evaluation'].items()), '']
   lines += ['## Parity of JAX and PyTorch', '',
             f'Largest difference over the largest value of a stage, in float32 (JAX {parity["jax"]}, PyTorch '
@@ -134,20 +140,31 @@ def card(name: str, config: dict, parity: dict, files: list, license_id: str, da
   for size, stages in parity['inputs'].items():
     worst = max(stages, key=lambda s: stages[s]['max_rel'])
     lines += [f'| {size} | {worst} | {stages[worst]["max_rel"]:.1e} |']
-  lines += ['', '## Limits', '', *(f'- {text}' for text in _limits(how, arch)), '', '## Files', '',
+  limits = _limits(how, arch, net['head'], config['recorded'])
+  lines += ['', '## Limits', '', *(f'- {text}' for text in limits), '', '## Files', '',
             *(f'- `{f}`: {FILES.get(f.rpartition(".")[2] if f not in FILES else f, "")}' for f in files), '',
             f'Made by unimiss_jax {unimiss_jax.__version__}.', '']
   return '\n'.join(lines)
 
 
-def _limits(how, arch) -> list[str]:
+def _limits(how, arch, head, recorded) -> list[str]:
   out = ['Results on patients of other scanners, ages or diseases than those of the training data are unknown.',
          'An embedding may carry what identifies a patient, sex, age or scanner; none of it was removed.']
-  if how and all(d['source'] == PHANTOMS for d in how['data'].values()):
+  if how and not how['init_from'] and all(d['source'] == PHANTOMS for d in how['data'].values()):
     out.insert(0, 'Trained on drawings of a thorax alone: it shows that the machinery works and helps no patient.')
+  if not recorded:
+    out.insert(0, 'The file that the weights came from does not record the heads and the depth of volumes: '
+               f'num_heads {arch["num_heads"]}, decoder_heads {arch["decoder_heads"]} and volume_size '
+               f'{arch["volume_size"]} are assumed. Parity cannot tell.')
+  if head and not head['last_layer']:
+    out.append('The head has no prototypes: `logits` are its projection.')
   if arch.get('cls_token', True) is False:
     out.append('Without a class token: the embedding is the mean of the last tokens.')
   return out
+
+
+def _whose(branch) -> str:
+  return f'the {branch} of its training, ' if branch else ''
 
 
 def _rows(named: dict) -> list[str]:
