@@ -82,6 +82,11 @@ def below(part: str) -> list[str]:
   return out
 
 
+def absolute(path) -> str:
+  path = os.fspath(path)
+  return path.rstrip('/') if '://' in path else os.path.abspath(os.path.expanduser(path))
+
+
 def sha(paths) -> str:
   """The content hash of a sample: blake2b (16 bytes, as hex) of a file, read in blocks.
 

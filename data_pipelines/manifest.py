@@ -5,7 +5,7 @@
 Only `path` and `kind` must be there (`id` is the path by default); FIELDS names the others that have a meaning, any
 further one is kept. `path` and `mask` are absolute or relative to the root in the meta file, or without one to the
 manifest; in memory they are ready to open. `label` is a class number, a list of 0/1 or {finding: 0/1}; `group` (by
-default the subject) is what a split must not cut. Rows with `status` excluded stay in the list; `usable` leaves them out.
+default the subject) is what a split must not cut. Excluded rows stay in the list; `usable` leaves them out.
 
 The manifest hash, over (id, sha, status, split) of all rows, tells whether a run may go on with a list; `changes`
 says why not.
@@ -242,7 +242,7 @@ def write(folder, rows, *, root=None, config: dict | None = None, **more) -> str
     DataError: MANIFEST (the row), WRITE.
   """
   folder = epath.Path(folder)
-  base = _absolute(folder if root is None else root)
+  base = files.absolute(folder if root is None else root)
   rows = sorted((_storable(row) for row in rows), key=lambda r: r['id'])
   twice = next((a['id'] for a, b in zip(rows, rows[1:]) if a['id'] == b['id']), None)
   if twice or not rows:
@@ -299,13 +299,8 @@ def _plain(value):
   raise TypeError(f'{type(value).__name__} {_short(value)}')
 
 
-def _absolute(path) -> str:
-  path = os.fspath(path)
-  return path.rstrip('/') if '://' in path else os.path.abspath(os.path.expanduser(path))
-
-
 def _relative(path: str, base: str) -> str:
-  path = _absolute(path)
+  path = files.absolute(path)
   return path[len(base.rstrip('/')) + 1:] if path.startswith(base.rstrip('/') + '/') else path
 
 

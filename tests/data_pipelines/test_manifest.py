@@ -148,7 +148,8 @@ def test_windows_line_ends_and_a_byte_order_mark(tmp_path):
 
 @pytest.mark.parametrize('field, value', [
     ('kind', 'film'), ('split', 'fold0'), ('status', 'bad'), ('shape', [1, 2.5]), ('shape', 'axb'),
-    ('spacing', [1, None]),('hu_p99', 'high'), ('findings', 'CONSTANT'), ('record', ['x', 'y']), ('sha', 5), ('subject', {}), ('group', ''),
+    ('spacing', [1, None]), ('hu_p99', 'high'), ('findings', 'CONSTANT'), ('record', ['x', 'y']), ('sha', 5),
+    ('subject', {}), ('group', ''),
     ('text', 3), ('z0', True), ('label', []), ('id', ['x']), ('crop_box', [])])
 def test_a_field_of_the_wrong_type_is_named(tmp_path, field, value):
   (tmp_path / 'm.jsonl').write_text(json.dumps(ROWS[0] | {field: value}))
