@@ -93,8 +93,8 @@ def rows(source, entries, folder: str, options: Options, name=None) -> list[dict
       more['mask'] = _locate(more['mask'], root, where)[0]
     lost += [(where, p) for p in (file, more.get('mask')) if p and not there(p)]
     kind = more.pop('kind', None) or options.kind or _kind(file, where)
-    row = {'id': f'{dataset}/{more.pop("id", below)}', 'kind': kind, 'path': file, 'dataset': dataset,
-           'subject': more.pop('subject', None) or subject(below, where), **more}
+    row = {'id': f'{dataset}/{more.pop("id", below)}', 'kind': kind, 'path': file, 'dataset': dataset}
+    row |= {'subject': more['subject'] if 'subject' in more else subject(below, where)} | more
     if 'group' in more:    # of no other data set
       row['group'] = f'{dataset}/{more["group"]}'
     if row['id'] in seen:
@@ -134,19 +134,20 @@ def _there(root: str):
 
 def _locate(path: str, root: str, where: str) -> tuple[str, str]:
   """The path to open, and its name in the data set: below the root, or all of an absolute path elsewhere."""
-  if not path.isprintable() or not path:
-    raise fault(where, f'path is {path[:80]!r}', 'name the file')
   if '\\' in path and '/' not in path:    # written on Windows
     path = path.replace('\\', '/')
   if _whole(path):
     file, base = files.absolute(path), root.rstrip('/') + '/'
-    if file == root:    # a DICOM series alone
-      return file, posixpath.basename(file)
-    return file, file[len(base):] if file.startswith(base) else file.partition('://')[2] or file.lstrip('/')
-  below = posixpath.normpath(path)
-  if below.split('/')[0] == '..':
-    raise fault(where, f'{path} leads out of {root}', 'give a root above all files')
-  return os.path.join(root, below), below
+    below = file[len(base):] if file.startswith(base) else file.partition('://')[2] or file.lstrip('/')
+    below = posixpath.basename(file) if file == root else below    # a DICOM series alone
+  else:
+    below = posixpath.normpath(path)
+    file = os.path.join(root, below)
+    if below.split('/')[0] == '..':
+      raise fault(where, f'{path} leads out of {root}', 'give a root above all files')
+  if not path or not below.isprintable():
+    raise fault(where, f'path is {path[:80]!r}', 'name the file')
+  return file, below
 
 
 def _kind(file: str, where: str) -> str:

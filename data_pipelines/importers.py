@@ -71,7 +71,8 @@ def tree(path, options: Options = DEFAULT) -> list[dict]:
   listed, empty = [], DataError('EMPTY_DIR', path, 'nothing found', 'point the import at a folder with images')
   for kind in (options.kind,) if options.kind else ('volume', 'image'):
     try:
-      listed += [Entry(kind, files.absolute(p), {'kind': kind}) for p in discover(os.fspath(path), kind)]
+      found = [files.absolute(p) for p in discover(os.fspath(path), kind)]
+      listed += [Entry(os.path.basename(p), p, {'kind': kind}) for p in found]
     except DataError as e:
       if e.code != 'EMPTY_DIR':
         raise
@@ -116,14 +117,14 @@ def nnunet(path, options: Options = DEFAULT) -> list[dict]:
   for (part, case), names in cases.items():
     if len(names) != len(data['channel_names']):
       raise fault(f'{path} {part}/{case}', f'{len(names)} files for {len(data["channel_names"])} channels',
-                   'copy the missing ones or correct channel_names')
+                  'copy the missing ones or correct channel_names')
     mask = f'labels{part[-2:]}/{case}{data["file_ending"]}'
     more = {'subject': case, 'split': columns.SPLITS[part[-2:].lower()]} | ({'mask': mask} if mask in there else {})
     listed += [Entry(name, name, dict(more)) for name in names]
   count = sum(part == 'imagesTr' for part, _ in cases)
   if count != data['numTraining']:
     raise fault(f'{path} numTraining', f'is {data["numTraining"]}, imagesTr has {count} cases',
-                 'copy the missing ones or correct it')
+                'copy the missing ones or correct it')
   return entries.rows(path, listed, folder, options, data.get('name'))
 
 
@@ -163,8 +164,7 @@ def datalist(path, options: Options = DEFAULT) -> list[dict]:
   if any(isinstance(t, str) for t in texts):    # names of classes
     for e, label in zip(listed, columns.named([t if isinstance(t, str) else '' for t in texts])):
       if isinstance(e.fields.get('label'), str):
-        e.fields.pop('label')
-        e.fields |= {} if label is None else {'label': label}
+        e.fields['label'] = label
   name = data.get('name') if isinstance(data, dict) else None
   return entries.rows(path, listed, os.path.dirname(files.absolute(path)), options, name)
 
@@ -178,7 +178,7 @@ def _item(item, where: str, path, more: dict) -> list[Entry]:
     raise fault(f'{path} {where}', 'has no image', 'write a path or {"image": path, ...}')
   more = columns.fields(item, f'{path} {where}', read) | more
   if len(images) > 1:
-    more.setdefault('subject', images[0])
+    more = {'subject': images[0]} | {k: v for k, v in more.items() if k != 'id'}
   label = item.get(meaning.get('label'))
   masks = [label] if isinstance(label, str) else label
   if not (isinstance(masks, list) and masks and all(isinstance(m, str) and MASK.search(m) for m in masks)):

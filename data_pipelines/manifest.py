@@ -116,10 +116,9 @@ def check(row: dict, where: str, *, labelled: bool = False, code: str = 'MANIFES
 def _label(label, where: str, code: str) -> dict[str, int]:
   if _integer(label):
     return {f'class_{label}': 1}
-  if isinstance(label, list):
-    label = {f'label_{i}': value for i, value in enumerate(label)}
-  if isinstance(label, dict) and label and all(value in (0, 1) for value in label.values()):
-    return {name: int(value) for name, value in label.items()}
+  said = {f'label_{i}': value for i, value in enumerate(label)} if isinstance(label, list) else label
+  if isinstance(said, dict) and said and all(value in (0, 1) for value in said.values()):
+    return {name: int(value) for name, value in said.items()}
   raise DataError(code, where, f'label is {_short(label)}, expected a class number, a list of 0/1 or {{name: 0/1}}',
                   'correct it')
 

@@ -216,4 +216,4 @@ def _no_empty(rows, shares) -> None:
       many = f'{len(out)} excluded: {told}' if out else 'none excluded'
       raise DataError('SPLIT_EMPTY', name, f'0 samples after exclusion ({many}); '
                       f'{len({r["group"] for r in rows})} groups in all', 'add data, take another seed or fractions '
-                      '(0 leaves a split out), or name its groups in an override')
+                      '(0 leaves a split out), name its groups in an override, or deal anew (keep=False)')
