@@ -102,8 +102,9 @@ def rows(source, entries, folder: str, options: Options, name=None) -> list[dict
     seen[row['id']] = where
     out.append(manifest.check(row, where, code='IMPORT'))
   if lost:
-    raise fault(lost[0][0], f'{lost[0][1]} is not there ({len(lost)} of {len(entries)} are missing)',
-                 'give the folder that paths are relative to as root, or copy the files')
+    count = len({where for where, _ in lost})
+    raise fault(lost[0][0], f'{lost[0][1]} is not there ({count} of {len(entries)} are missing)',
+                'give the folder that paths are relative to as root, or copy the files')
   return out
 
 
