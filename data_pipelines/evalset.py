@@ -45,7 +45,7 @@ def _phantoms(config) -> EvalSet:
 
 
 def _from_manifest(config) -> EvalSet:
-  rows = manifest.read(config.eval.knn)
+  rows = manifest.usable(manifest.read(config.eval.knn))
   views, labels, fit = {}, {}, {}
   for kind, name in (('volume', 'ct'), ('image', 'xray')):
     part = [r for r in rows if r['kind'] == kind]

@@ -1,6 +1,7 @@
 """Folders and glob patterns -> sorted lists of samples, and the lines that a user sees while they are read."""
 import collections
 import glob
+import hashlib
 import os
 import sys
 import time
@@ -12,6 +13,7 @@ from etils import epath
 from data_pipelines.errors import DataError
 
 VOLUMES = ('.nii.gz', '.nii', '.hdr.gz', '.hdr', '.img.gz', '.img')
+PAIRS = ('.hdr.gz', '.hdr', '.img.gz', '.img')
 IMAGES = ('.png', '.jpg', '.jpeg')
 SUFFIXES = {'volume': VOLUMES, 'image': IMAGES}
 
@@ -47,7 +49,7 @@ def find(spec: str, kind: str, leaf: str) -> Found:
   Raises:
     DataError: EMPTY_DIR with counts of what was found instead.
   """
-  every = sorted({f for part in spec.split(',') if part.strip() for f in _expand(part.strip())})
+  every = sorted({f for part in spec.split(',') if part.strip() for f in below(part.strip())})
   samples, others = {}, collections.Counter()
   for path in every:
     suffix = next((s for s in SUFFIXES[kind] if path.lower().endswith(s)), None)
@@ -65,7 +67,8 @@ def find(spec: str, kind: str, leaf: str) -> Found:
   return Found(list(samples.values()), others)
 
 
-def _expand(part: str) -> list[str]:
+def below(part: str) -> list[str]:
+  """Every file of a folder (hidden ones left out), or the files that match a glob pattern, in no order."""
   if '://' in part:    # epath's own walk loses the scheme
     check_storage(part.partition('*')[0])
     system, path = fsspec.core.url_to_fs(part)
@@ -74,9 +77,53 @@ def _expand(part: str) -> list[str]:
   part = os.path.expanduser(part)
   out = []
   for match in [part] if os.path.exists(part) else glob.glob(part, recursive=True):
-    below = glob.glob(os.path.join(glob.escape(match), '**', '*'), recursive=True) if os.path.isdir(match) else [match]
-    out += [f for f in below if os.path.isfile(f)]
+    inside = glob.glob(f'{glob.escape(match)}/**/*', recursive=True) if os.path.isdir(match) else [match]
+    out += [f for f in inside if os.path.isfile(f)]
   return out
+
+
+def absolute(path) -> str:
+  path = os.fspath(path)
+  return path.rstrip('/') if '://' in path else os.path.abspath(os.path.expanduser(path))
+
+
+def sha(paths) -> str:
+  """The content hash of a sample: blake2b (16 bytes, as hex) of a file, read in blocks.
+
+  Args:
+    paths: a file, a folder (a DICOM series), or a list of files. Several files, and the two halves of a .hdr/.img
+      pair, are hashed one by one, and then the sorted hashes: neither names nor order count.
+
+  Raises:
+    DataError: UNREADABLE.
+  """
+  if isinstance(paths, str | os.PathLike):
+    paths = _parts(os.fspath(paths))
+  each = sorted(_sha(p) for p in paths)
+  return each[0] if len(each) == 1 else hashlib.blake2b('\n'.join(each).encode(), digest_size=16).hexdigest()
+
+
+def _parts(path: str) -> list[str]:
+  suffix = next((s for s in PAIRS if path.lower().endswith(s)), None)
+  if suffix:
+    stem = path[:-len(suffix)]
+    halves = [stem + s for s in PAIRS if epath.Path(stem + s).exists()]
+    return halves or [path]
+  inside = below(path) if epath.Path(path).is_dir() else [path]
+  if not inside:
+    raise DataError('UNREADABLE', path, 'folder without files', 'copy it again or remove it')
+  return inside
+
+
+def _sha(path) -> str:
+  made = hashlib.blake2b(digest_size=16)
+  try:
+    with epath.Path(path).open('rb') as file:
+      while block := file.read(1 << 20):
+        made.update(block)
+  except Exception as e:    # every storage backend has its own
+    raise DataError('UNREADABLE', path, f'{type(e).__name__}: {e}', 'check path and permissions') from e
+  return made.hexdigest()
 
 
 def say(line: str) -> None:
