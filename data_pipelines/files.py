@@ -31,6 +31,17 @@ def check_storage(path) -> None:
     raise DataError('UNREADABLE', path, f'{type(e).__name__}: {e}', 'check name, permissions and network') from e
 
 
+def read_bytes(path) -> bytes:
+  """The content of a file, which is not empty; else DataError."""
+  try:
+    data = epath.Path(path).read_bytes()
+  except Exception as e:    # every storage backend has its own
+    raise DataError('UNREADABLE', path, f'{type(e).__name__}: {e}', 'check path and permissions') from e
+  if not data:
+    raise DataError('ZERO_BYTES', path, 'file has 0 bytes', 'copy or download it again')
+  return data
+
+
 class Found(NamedTuple):
   files: list[str]    # sorted; a .hdr/.img pair is one entry, its header
   others: str         # what else lies there: '3 *.csv, 12 *.dcm'

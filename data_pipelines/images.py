@@ -11,7 +11,7 @@ from etils import epath
 from PIL import Image, ImageOps
 
 from data_pipelines.errors import DataError
-from data_pipelines.nifti import read_bytes
+from data_pipelines.files import read_bytes
 
 SHORT_SIDE = 512                  # pixels
 BIT_DEPTHS = (8, 10, 12, 14, 16)  # of detectors; a 16-bit file is stretched from the smallest that holds its maximum

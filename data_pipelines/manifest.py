@@ -9,7 +9,7 @@ import json
 import os
 
 from data_pipelines.errors import DataError
-from data_pipelines.nifti import read_bytes
+from data_pipelines.files import read_bytes
 
 KINDS = ('volume', 'image')
 SPLITS = ('train', 'val', 'test')
