@@ -123,21 +123,29 @@ def _storable(array: np.ndarray) -> np.ndarray:
 
 def _load(path: str):
   """-> (nibabel header, the bytes that its data offset refers to)."""
-  suffix = next((s for s in ('.hdr.gz', '.img.gz', '.hdr', '.img') if path.lower().endswith(s)), '')
-  if not suffix:
+  names = parts(path)
+  if len(names) == 1:
     data = _decode(path, lambda start: _span(_header(start, path), path))
     return _header(data, path), data
-  stem = path[:-len(suffix)]
-  half = {}
+  header = _header(_decode(names[0], lambda start: (0, 0)), path)
+  return header, _decode(names[1], lambda start: _span(header, path))
+
+
+def parts(path) -> tuple[str, ...]:
+  """The files that a volume is made of: header and voxels of a pair, else the file itself. Raises DataError."""
+  path = str(path)
+  suffix = next((s for s in ('.hdr.gz', '.img.gz', '.hdr', '.img') if path.lower().endswith(s)), '')
+  if not suffix:
+    return path,
+  stem, out = path[:-len(suffix)], []
   for kind in ('hdr', 'img'):
     names = [f'{stem}.{k}{gz}' for k in (kind, kind.upper()) for gz in ('', '.gz')]
     found = [n for n in names if epath.Path(n).exists()]
     if not found:
       raise DataError('NOT_IMAGE', path, f'its other half is missing (no {names[0]} or {names[1]})',
                       'copy both files of the pair')
-    half[kind] = found[0]
-  header = _header(_decode(half['hdr'], lambda start: (0, 0)), path)
-  return header, _decode(half['img'], lambda start: _span(header, path))
+    out.append(found[0])
+  return tuple(out)
 
 
 def _span(header, path: str) -> tuple[int, int]:

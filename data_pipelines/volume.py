@@ -25,8 +25,8 @@ class Volume(NamedTuple):
     spacing_mm: (z, y, x), the lengths of the affine's columns.
     affine: [4, 4], maps indices (z, y, x, 1) to RAS mm.
     meta: shape, dtype, axcodes of the file; grid: shape (i, j, k) and affine [4, 4] (to RAS mm) of the voxels as
-      they were stored; range of the finite values (scaled, before any resampling); nonfinite voxels; oblique_deg;
-      warnings: finished one-line texts `WARN CODE file: ...`.
+      they were stored; shape_canon: [D, H, W] before any resampling; range of the finite values (scaled, before any
+      resampling); nonfinite voxels; oblique_deg; warnings: finished one-line texts `WARN CODE file: ...`.
   """
   array: np.ndarray
   spacing_mm: tuple[float, float, float]
@@ -53,6 +53,7 @@ def settle(array: np.ndarray, affine: np.ndarray, path, meta: dict, warnings: li
   """
   meta |= {'axcodes': ''.join(nib.aff2axcodes(affine)), 'grid': (array.shape, affine)}
   array, affine = canonical(array, affine)
+  meta['shape_canon'] = array.shape
   angle, shear = tilt(affine)
   if gantry or angle > STRAIGHT_DEG or shear > shear_limit:
     code, text, done = (('GANTRY_TILT', gantry, 'corrected') if gantry else
