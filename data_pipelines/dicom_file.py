@@ -185,6 +185,10 @@ def _stored(ds, path) -> np.ndarray:
     if len(ds.PixelData) < need:
       raise DataError('TRUNCATED', path, 'file ends early (about '
                       f'{100 * len(ds.PixelData) / need:.0f} % of the pixels readable)', 'copy again')
+  else:
+    from pydicom.encaps import get_frame
+    for i in range(frames):
+      _check_code(get_frame(ds.PixelData, i, number_of_frames=frames), (rows, columns), path)
   options = {'correct_unused_bits': False} if native else {}
   if syntax(ds) == RLE:    # the other decoder panics on damage, which no `except Exception` sees
     options['decoding_plugin'] = 'pydicom'
@@ -194,6 +198,30 @@ def _stored(ds, path) -> np.ndarray:
   if native and samples == 1 and bits < allocated and bits - 1 <= high < allocated:
     out = out << (allocated - 1 - high) >> (allocated - bits)    # neither overlays nor a sign that was cut off
   return out
+
+
+def _check_code(data: bytes, size: tuple[int, int], path) -> None:
+  """Compressed pixels say their size themselves, and a decoder would believe it: it must be rows x columns."""
+  if data[:3] == b'\xff\xd8\xff':    # JPEG and JPEG-LS: segments up to the start of the frame
+    at = 2
+    while at + 9 <= len(data) and data[at] == 0xff:
+      marker, length = data[at + 1], struct.unpack_from('>H', data, at + 2)[0]
+      if marker == 0xf7 or (0xc0 <= marker <= 0xcf and marker not in (0xc4, 0xc8, 0xcc)):
+        found = struct.unpack_from('>HH', data, at + 5)
+        break
+      at += 1 if marker == 0xff else 2 + length
+    else:
+      found = None
+  else:                                 # JPEG 2000: SIZ, right behind the start of the code
+    at = data.find(b'\xff\x4f\xff\x51', 0, 1 << 10)
+    if at < 0:
+      return    # RLE; of others the decoder will not find the start either
+    width, height, left, top = struct.unpack_from('>4I', data, at + 8)
+    components, = struct.unpack_from('>H', data, at + 40)
+    found = (height - top, width - left) if components <= 4 else None
+  if found != size:
+    raise DataError('TRUNCATED', path, f'compressed pixels are {found[0]} x {found[1]}, expected {size[0]} x {size[1]}'
+                    if found else 'compressed pixels have no valid header', 'copy again')
 
 
 def refuse_lossy(ds, path) -> None:

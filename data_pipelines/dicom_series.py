@@ -137,10 +137,10 @@ def _majority(heads) -> list[_Head]:
 def _above(group) -> set[str]:
   """All folders that hold images of a series at some depth."""
   out = set()
-  for folder in {os.path.dirname(h.path) for h in group}:
-    while folder and folder not in out:
+  for folder in {os.path.dirname(h.path) or '.' for h in group}:
+    while folder not in out:
       out.add(folder)
-      folder = os.path.dirname(folder) if os.path.dirname(folder) != folder else ''
+      folder = os.path.dirname(folder) or '.'
   return out
 
 
@@ -148,4 +148,4 @@ def _common(paths) -> str:
   """The folder of all files."""
   scheme, sep, _ = str(paths[0]).rpartition('://')
   folders = {os.path.dirname(str(p)[len(scheme + sep):]) for p in paths}
-  return scheme + sep + (folders.pop() if len(folders) == 1 else os.path.commonpath(list(folders)))
+  return scheme + sep + ((folders.pop() if len(folders) == 1 else os.path.commonpath(list(folders))) or '.')

@@ -428,6 +428,35 @@ def test_a_series_written_as_nifti_is_the_same_volume(tmp_path, name):
   assert not back.meta['warnings'] and back.array.dtype == volume.array.dtype
 
 
+@pytest.mark.realdata
+@pytest.mark.parametrize('name', ['totalseg_example_ct.nii.gz', 'tptbox*', 'ricord1b*', 'deeplesion/*'])
+def test_a_real_scan_written_as_dicom_is_the_same(shared, tmp_path, name):
+  import nibabel as nib
+  path = sorted((shared / 'data/ct').glob(name))[0]
+  image = nib.load(path)
+  lps = np.diag([-1., -1, 1, 1]) @ image.affine
+  spacing = np.linalg.norm(lps[:3, :3], axis=0)
+  pixels = np.asanyarray(image.dataobj).astype(np.int16).transpose(2, 1, 0)
+  positions = lps[:3, 3] + np.outer(np.arange(len(pixels)), lps[:3, 2])
+  series(tmp_path, pixels, positions=positions, orientation=(*lps[:3, 0] / spacing[0], *lps[:3, 1] / spacing[1]),
+         PixelSpacing=[float(f'{spacing[1]:.10g}'), float(f'{spacing[0]:.10g}')])
+  ours, theirs = read(tmp_path), nifti.read(path)
+  np.testing.assert_array_equal(ours.array, theirs.array)
+  np.testing.assert_allclose(ours.affine, theirs.affine, atol=1e-3)
+
+
+def test_memory_of_a_large_series(tmp_path):
+  """Less than five times the int16 array at its peak."""
+  import tracemalloc
+  series(tmp_path, noise((60, 200, 200)))
+  found = listed(tmp_path).series[0]
+  tracemalloc.start()
+  volume = dicom.read(found)
+  peak = tracemalloc.get_traced_memory()[1]
+  tracemalloc.stop()
+  assert peak < 5 * volume.array.nbytes
+
+
 # ---- radiographs
 
 def radiograph(tmp_path, pixels, **tags):
@@ -547,6 +576,18 @@ def test_files_that_claim_too_much(tmp_path):
       assert tracemalloc.get_traced_memory()[1] < 300 << 20
       tracemalloc.stop()
       assert code in ('TOO_LARGE', 'TRUNCATED', 'MULTIFRAME')
+
+
+@pytest.mark.parametrize('at, value', [(8, 40000), (12, 40000), (16, 2**32 - 9), (40, 16384)])
+def test_code_streams_that_claim_too_much(tmp_path, at, value):
+  path = save(tmp_path / 'x', dataset(noise((40, 36))), uid.JPEG2000Lossless)
+  data = bytearray(path.read_bytes())
+  at += data.find(b'\xff\x4f\xff\x51')
+  width = 2 if value == 16384 else 4
+  data[at:at + width] = value.to_bytes(width, 'big')
+  path.write_bytes(data)
+  with pytest.raises(DataError, match='TRUNCATED .*compressed pixels (are|have no valid)'):
+    dicom.read(dicom.Series(str(path), '', (str(path),)))
 
 
 def test_cut_pixels_say_how_many_are_left(tmp_path):
