@@ -170,8 +170,11 @@ def _series_in(folder: str, kind: str, uid: str | None = None) -> Item:
     raise DataError('NOT_IMAGE', folder, 'is a folder', 'name one picture')
   listing = dicom.series([p for p in files.expand(folder) if not _by_name(p)[1] and _is_dicom(p)])
   chosen = [s for s in listing.series if uid is None or s.uid == uid]
+  path = folder if uid is None else f'{folder}::{uid}'
+  if len(chosen) > 1:    # a copy in a folder below has a path of its own
+    chosen = [s for s in chosen if s.path == path] or chosen
   if len(chosen) == 1:
-    return Item(folder if uid is None else f'{folder}::{uid}', kind, 'dicom', chosen[0].files)
+    return Item(path, kind, 'dicom', chosen[0].files)
   if chosen:
     raise DataError('SERIES', folder, f'holds {len(chosen)} DICOM series: {", ".join(s.uid for s in chosen[:5])}'
                     + ' ...' * (len(chosen) > 5), 'append ::<SeriesInstanceUID>')

@@ -71,6 +71,16 @@ def test_an_item_is_found_again_by_its_path(mixed):
       assert pickle.loads(pickle.dumps(found)) == found
 
 
+def test_a_copy_below_is_another_item(tmp_path):
+  series(tmp_path / 'p', noise((4, 6, 5)))
+  (tmp_path / 'p' / 'copy').mkdir()
+  for f in list((tmp_path / 'p').glob('IM*')):
+    (tmp_path / 'p' / 'copy' / f.name).write_bytes(f.read_bytes())
+  found = readers.discover(str(tmp_path), 'volume').items
+  assert [i.path for i in found] == [f'{tmp_path}/p/copy', f'{tmp_path}/p::1.2.3']
+  assert [readers.item(i.path, 'volume') for i in found] == found
+
+
 def test_the_current_folder_has_a_name(mixed, monkeypatch):
   monkeypatch.chdir(mixed / 'b')
   assert [i.path for i in readers.discover('*.dcm', 'volume').items] == ['.::4.5.1', '.::4.5.2']
