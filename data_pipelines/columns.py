@@ -3,7 +3,7 @@ import csv
 import io
 import re
 
-from data_pipelines import files, manifest
+from data_pipelines import manifest, readers
 from data_pipelines.entries import fault, text
 
 # Case, spaces and punctuation of a name do not count; of several columns for one field the earliest name here wins.
@@ -77,7 +77,7 @@ def fields(raw: dict, where: str, skip=()) -> dict:
 
 
 def is_file(value) -> bool:
-  return isinstance(value, str) and value.lower().endswith(files.VOLUMES + files.IMAGES)
+  return isinstance(value, str) and value.lower().endswith(sum(readers.SUFFIXES.values(), ()))
 
 
 def _numbers(value) -> list | None:

@@ -4,14 +4,13 @@ import json
 import os
 import posixpath
 import re
-from collections.abc import Callable
 from typing import NamedTuple
 
 from etils import epath
 
-from data_pipelines import files, manifest
+from data_pipelines import files, manifest, readers
 from data_pipelines.errors import DataError
-from data_pipelines.nifti import read_bytes
+from data_pipelines.files import read_bytes
 
 PARENTS = 3    # a list may name its files from a folder so far above it
 TILE = re.compile(r'_dep\d+(?=\.[^/]*$)')    # tiles of the released preparation: one volume, one subject
@@ -28,14 +27,12 @@ class Options:
     subject_from: 'file' (each its own), 'folder' (the name of the folder that holds it), or a regular expression
       with one group, searched in the path below the root. A subject that the source names comes first.
     labels: columns of a CSV that are findings; None: all that hold only 0 and 1.
-    discover: f(folder or pattern, kind) -> paths; finds samples that are no single file, such as DICOM series.
   """
   root: str | None = None
   dataset: str | None = None
   kind: str | None = None
   subject_from: str = 'file'
   labels: tuple[str, ...] | None = None
-  discover: Callable | None = None
 
 
 DEFAULT = Options()
@@ -127,10 +124,11 @@ def _whole(path: str) -> bool:
 def _there(root: str):
   """f(path) -> whether it exists; an object store is listed once."""
   if '://' not in root:
-    return lambda path: epath.Path(path).exists() if '://' in path else os.path.exists(path)
+    there = lambda path: epath.Path(path).exists() if '://' in path else os.path.exists(path)
+    return lambda path: there(path.partition('::')[0])      # a DICOM series of a folder that holds several
   found = set(files.below(root))
   found |= {os.path.dirname(f) for f in found}
-  return lambda path: path in found or not path.startswith(root) and epath.Path(path).exists()
+  return lambda path: path.partition('::')[0] in found or not path.startswith(root) and epath.Path(path).exists()
 
 
 def _locate(path: str, root: str, where: str) -> tuple[str, str]:
@@ -152,8 +150,8 @@ def _locate(path: str, root: str, where: str) -> tuple[str, str]:
 
 
 def _kind(file: str, where: str) -> str:
-  for kind, suffixes in files.SUFFIXES.items():
-    if file.lower().endswith(suffixes):
+  for kind, format in readers.BY_NAME.items():
+    if file.lower().endswith(readers.SUFFIXES[format]):
       return kind
   if file.lower().endswith('.dcm'):    # one file is one picture
     return 'image'

@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from data_pipelines import draw, images, manifest, phantom, sample, sources, streams
+from data_pipelines import draw, manifest, phantom, readers, sample, sources, streams
 from data_pipelines.errors import DataError
 
 
@@ -52,7 +52,7 @@ def _from_manifest(config) -> EvalSet:
     if not part:
       continue
     made = [centre_ct(sources.one_ct(r['path'], config), config) if kind == 'volume'
-            else centre_xray({'image': images.read(r['path']).array}, config) for r in part]
+            else centre_xray({'image': readers.image(r['path']).array}, config) for r in part]
     views |= _stack(made)
     known = sorted({k for r in part for k in r['label']})
     labels[name] = {k: np.array([_label(r['label'], k) for r in part]) for k in known}

@@ -1,21 +1,16 @@
-"""Folders and glob patterns -> sorted lists of samples, and the lines that a user sees while they are read."""
-import collections
+"""Folders and glob patterns -> sorted lists of files, their bytes, and the lines that a user sees meanwhile."""
 import glob
 import hashlib
 import os
 import sys
 import time
-from typing import NamedTuple
 
 import fsspec
 from etils import epath
 
 from data_pipelines.errors import DataError
 
-VOLUMES = ('.nii.gz', '.nii', '.hdr.gz', '.hdr', '.img.gz', '.img')
-PAIRS = ('.hdr.gz', '.hdr', '.img.gz', '.img')
-IMAGES = ('.png', '.jpg', '.jpeg')
-SUFFIXES = {'volume': VOLUMES, 'image': IMAGES}
+PAIRS = ('.hdr.gz', '.hdr', '.img.gz', '.img')    # halves of a NIfTI sample
 
 
 def check_storage(path) -> None:
@@ -33,38 +28,24 @@ def check_storage(path) -> None:
     raise DataError('UNREADABLE', path, f'{type(e).__name__}: {e}', 'check name, permissions and network') from e
 
 
-class Found(NamedTuple):
-  files: list[str]    # sorted; a .hdr/.img pair is one entry, its header
-  others: str         # what else lies there: '3 *.csv, 12 *.dcm'
+def read_bytes(path) -> bytes:
+  """The content of a file, which is not empty; else DataError."""
+  try:
+    data = epath.Path(path).read_bytes()
+  except Exception as e:    # every storage backend has its own
+    raise DataError('UNREADABLE', path, f'{type(e).__name__}: {e}', 'check path and permissions') from e
+  if not data:
+    raise DataError('ZERO_BYTES', path, 'file has 0 bytes', 'copy or download it again')
+  return data
 
 
-def find(spec: str, kind: str, leaf: str) -> Found:
-  """All samples below folders (recursively) or matching glob patterns (`**` = any depth); hidden files are left out.
+def expand(spec: str) -> list[str]:
+  """All files below folders (recursively) or matching glob patterns (`**` = any depth), sorted; no hidden ones.
 
   Args:
-    spec: folders, patterns or files, separated by commas.
-    kind: 'volume' or 'image'.
-    leaf: the config leaf that holds spec, for the message.
-
-  Raises:
-    DataError: EMPTY_DIR with counts of what was found instead.
+    spec: folders, patterns or files, separated by commas; local or with a scheme (gs://).
   """
-  every = sorted({f for part in spec.split(',') if part.strip() for f in below(part.strip())})
-  samples, others = {}, collections.Counter()
-  for path in every:
-    suffix = next((s for s in SUFFIXES[kind] if path.lower().endswith(s)), None)
-    if suffix is None:
-      others['*' + os.path.splitext(path)[1].lower()] += 1
-    elif suffix[:4] in ('.hdr', '.img'):    # 'x.hdr' sorts before 'x.img'
-      samples.setdefault(path[:-len(suffix)] + '.hdr', path)
-    else:
-      samples[path] = path
-  others = ', '.join(f'{n} {suffix}' for suffix, n in sorted(others.items()))
-  if not samples:
-    wanted = ', '.join(SUFFIXES[kind])
-    raise DataError('EMPTY_DIR', spec, f'no readable {kind} (found {others or "nothing"}; {kind}s end in {wanted})',
-                    f'point {leaf} at a folder with {kind}s; convert DICOM series to NIfTI first')
-  return Found(list(samples.values()), others)
+  return sorted({f for part in spec.split(',') if part.strip() for f in below(part.strip())})
 
 
 def below(part: str) -> list[str]:

@@ -11,7 +11,7 @@ from etils import epath
 from PIL import Image, ImageOps
 
 from data_pipelines.errors import DataError
-from data_pipelines.nifti import read_bytes
+from data_pipelines.files import read_bytes
 
 SHORT_SIDE = 512                  # pixels
 BIT_DEPTHS = (8, 10, 12, 14, 16)  # of detectors; a 16-bit file is stretched from the smallest that holds its maximum
@@ -71,7 +71,11 @@ def _read(image: Image.Image, data: bytes, path: str) -> Radiograph:
   if data[:4] == b'\x89PNG' and data[24] == 16 and image.mode != 'I;16':    # Pillow has no 16-bit colour
     warn('MODE', f'16-bit {image.mode} cut to 8 bits')
   image = ImageOps.exif_transpose(image)
-  array = _full_scale(np.asarray(image)) if image.mode == 'I;16' else _grey(image, warn)
+  return finish(_full_scale(np.asarray(image)) if image.mode == 'I;16' else grey(image, warn), meta, warn)
+
+
+def finish(array: np.ndarray, meta: dict, warn) -> Radiograph:
+  """Decoded picture [H, W] -> Radiograph: the size that is kept, and a look at it."""
   array = _reduce(array)
   if _looks_inverted(array):
     warn('INVERTED?', 'border brighter than the centre; not changed')
@@ -84,8 +88,8 @@ def _full_scale(array: np.ndarray) -> np.ndarray:
   return np.rint(array * (65535 / ((1 << bits) - 1))).astype(np.uint16)
 
 
-def _grey(image: Image.Image, warn) -> np.ndarray:
-  """Any 8-bit mode -> uint8 [H, W]."""
+def grey(image: Image.Image, warn) -> np.ndarray:
+  """Picture of any 8-bit mode -> uint8 [H, W]."""
   alpha = None
   if image.has_transparency_data:
     image = image.convert('RGBA')
@@ -96,11 +100,11 @@ def _grey(image: Image.Image, warn) -> np.ndarray:
     coloured = (rgb[..., :1] != rgb[..., 1:]).any(-1).mean()
     if coloured:
       warn('MODE', f'{100 * coloured:.1f} % of the pixels are coloured; luminance kept')
-  grey = np.asarray(image.convert('L'))
+  out = np.asarray(image.convert('L'))
   if alpha is not None and alpha.min() < 255:
     warn('MODE', f'{100 * (alpha < 255).mean():.1f} % of the pixels are transparent; put on black')
-    grey = np.rint(grey * (alpha / 255)).astype(np.uint8)
-  return grey
+    out = np.rint(out * (alpha / 255)).astype(np.uint8)
+  return out
 
 
 def _reduce(array: np.ndarray) -> np.ndarray:

@@ -13,9 +13,8 @@ import re
 
 from etils import epath
 
-from data_pipelines import columns, entries, files, manifest
+from data_pipelines import columns, entries, files, manifest, readers
 from data_pipelines.entries import DEFAULT, Entry, Options, fault
-from data_pipelines.errors import DataError
 
 SECTIONS = {'training': 'train', 'train': 'train', 'validation': 'val', 'val': 'val', 'testing': 'test',
             'test': 'test'}
@@ -67,16 +66,11 @@ def _format(path: str) -> str:
 
 def tree(path, options: Options = DEFAULT) -> list[dict]:
   """All volumes and images of a folder or pattern."""
-  discover = options.discover or (lambda spec, kind: files.find(spec, kind, 'the import').files)
-  listed, empty = [], DataError('EMPTY_DIR', path, 'nothing found', 'point the import at a folder with images')
+  listed, empty = [], None
   for kind in (options.kind,) if options.kind else ('volume', 'image'):
-    try:
-      found = [files.absolute(p) for p in discover(os.fspath(path), kind)]
-      listed += [Entry(os.path.basename(p), p, {'kind': kind}) for p in found]
-    except DataError as e:
-      if e.code != 'EMPTY_DIR':
-        raise
-      empty = empty if empty.reason != 'nothing found' else e
+    found = readers.discover(os.fspath(path), kind)
+    listed += [Entry(os.path.basename(i.path), files.absolute(i.path), {'kind': kind}) for i in found.items]
+    empty = empty or readers.empty(path, kind, found, 'the import')
   if not listed:
     raise empty
   common = '/'.join(os.path.commonprefix([e.path.split('/')[:-1] for e in listed])) or '/'

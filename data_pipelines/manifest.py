@@ -21,7 +21,7 @@ from etils import epath
 import unimiss_jax
 from data_pipelines import files
 from data_pipelines.errors import DataError
-from data_pipelines.nifti import read_bytes
+from data_pipelines.files import read_bytes
 
 LABELLED_KINDS = ('volume', 'image')
 KINDS = ('volume', 'subvolume', 'image', 'pair', 'report')

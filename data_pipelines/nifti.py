@@ -6,47 +6,28 @@ always decoded to its end: a gzip stream that was cut yields its first slices wi
 """
 import gzip
 import io
-import zlib
-from typing import NamedTuple
 
 import nibabel as nib
 import numpy as np
 from etils import epath
 from nibabel.arrayproxy import ArrayProxy
-from scipy import ndimage
 
+from data_pipelines import volume
 from data_pipelines.errors import DataError
+from data_pipelines.files import read_bytes
+from data_pipelines.volume import AIR_HU, Volume, fits_int16
 
 try:
-  from isal import igzip  # optional, twice as fast
-
-  gunzip = igzip.decompress
+  from isal.isal_zlib import decompressobj  # optional, twice as fast
 except ImportError:
-  gunzip = gzip.decompress
+  from zlib import decompressobj
 
-AIR_HU = -1024              # below it there is only scanner padding
-STRAIGHT_DEG = 3.           # axes closer than this to the patient axes are left alone
-SHEAR = 1e-3                # cosine between two array axes
+SURPLUS = 1 << 20           # bytes behind the last voxel that are passed over
+CHUNK = 1 << 18             # voxels that are scaled at a time
 UNIT_MM = {0: 1., 1: 1e3, 2: 1., 3: 1e-3}    # xyzt_units & 7: unknown, metre, millimetre, micrometre
 
 
-class Volume(NamedTuple):
-  """A canonical volume.
-
-  Attributes:
-    array: [D, H, W] = [S, A, R], C-contiguous; int16 where all values are integers of that range, else float32.
-    spacing_mm: (z, y, x), the lengths of the affine's columns.
-    affine: [4, 4], maps indices (z, y, x, 1) to RAS mm.
-    meta: shape, dtype, axcodes of the file; range of its finite values (scaled, before any resampling); nonfinite
-      voxels; oblique_deg; warnings: finished one-line texts `WARN CODE file: ...`.
-  """
-  array: np.ndarray
-  spacing_mm: tuple[float, float, float]
-  affine: np.ndarray
-  meta: dict
-
-
-def read(path, *, oblique: str = 'resample') -> Volume:
+def read(path, *, oblique: str = 'resample', frame: int | tuple[int, ...] | None = None) -> Volume:
   """Reads a NIfTI file.
 
   Axis permutation and flips are exact. Volumes whose axes are more than 3 degrees off the patient axes, or
@@ -55,18 +36,21 @@ def read(path, *, oblique: str = 'resample') -> Volume:
   Args:
     path: .nii, .nii.gz, or either half of a .hdr/.img pair (also gzipped); the content decides, not the name.
     oblique: 'resample', or 'refuse' to raise for volumes that would need it.
+    frame: of a file with more than 3 axes, the index of each further axis, or one number where only one of them
+      is longer than 1.
 
   Returns:
     Volume; values are scaled but not clipped; non-finite voxels become -1024 (see meta['nonfinite']).
 
   Raises:
-    DataError: UNREADABLE ZERO_BYTES NOT_IMAGE TRUNCATED DTYPE_RGB DTYPE_COMPLEX NDIM SPACING OBLIQUE SHEAR.
+    DataError: UNREADABLE ZERO_BYTES NOT_IMAGE TRUNCATED SURPLUS TOO_LARGE DTYPE_RGB DTYPE_COMPLEX NDIM SPACING
+      OBLIQUE SHEAR.
   """
   if oblique not in ('resample', 'refuse'):
     raise ValueError(f"oblique={oblique!r}: expected 'resample' or 'refuse'")
   try:
     with np.errstate(all='ignore'):
-      return _read(str(path), oblique)
+      return _read(str(path), oblique, frame)
   except DataError:
     raise
   except Exception as e:    # damaged headers reach every corner of a reader; the user gets one line for all of them
@@ -74,96 +58,142 @@ def read(path, *, oblique: str = 'resample') -> Volume:
                     'copy it again or remove it') from e
 
 
-def _read(path: str, oblique: str) -> Volume:
+def _read(path: str, oblique: str, frame) -> Volume:
   header, data = _load(path)
   shape = _shape(header, path)
+  number = _frame(shape, frame, path)
   warnings = []
   warn = lambda code, text: warnings.append(f'WARN {code} {path}: {text}')
   affine = _affine(header, path, warn)
-  array, extremes, nonfinite = _values(header, data, shape, path)
+  array, extremes, nonfinite = _values(header, data, shape, number, path)
   del data
   if nonfinite:
     warn('NONFINITE', f'{nonfinite} voxels ({100 * nonfinite / array.size:.2f} %) set to {AIR_HU}')
   meta = {'shape': tuple(int(n) for n in header.get_data_shape()), 'dtype': str(header.get_data_dtype()),
-          'axcodes': ''.join(nib.aff2axcodes(affine)), 'range': extremes, 'nonfinite': nonfinite}
-  array, affine = canonical(array, affine)
-  angle, shear = tilt(affine)
-  if angle > STRAIGHT_DEG or shear > SHEAR:
-    code = 'SHEAR' if shear > SHEAR else 'OBLIQUE'
-    text = (f'gantry tilt {angle:.1f} deg (sheared affine)' if shear > SHEAR
-            else f'axes {angle:.1f} deg from the patient axes')
-    if oblique == 'refuse':
-      raise DataError(code, path, text, "read with oblique='resample' to interpolate it on a straight grid")
-    warn(code, f"{text}; resampled. FIX: oblique='refuse' to exclude")
-    if array.min() < AIR_HU:    # padding must not be averaged into tissue
-      warn('HU_PADDING', f'minimum {array.min():g}: raised to {AIR_HU} before resampling')
-      array = np.maximum(array, array.dtype.type(AIR_HU))
-    array, affine = straighten(array, affine, path)
-  spacing = tuple(float(s) for s in np.linalg.norm(affine[:3, :3], axis=0))
-  meta.update(oblique_deg=angle, warnings=warnings)
-  return Volume(array, spacing, affine, meta)
+          'range': extremes, 'nonfinite': nonfinite}
+  return volume.settle(array, affine, path, meta, warnings, oblique=oblique)
+
+
+def write(path, array: np.ndarray, like: Volume) -> None:
+  """Writes a result that lies on a canonical grid into the axis order and affine of the file that the grid came from.
+
+  Args:
+    path: ends in .nii or .nii.gz; the folder exists.
+    array: [D, H, W] of like.array's shape. Booleans become uint8, long integers int32, floats float32.
+    like: what `read` gave; where it had been straightened, integers are brought back by nearest neighbour and
+      floats linearly, else the way back is exact.
+
+  Raises:
+    DataError: SUFFIX, UNWRITABLE. ValueError: another shape or type than those above.
+  """
+  path = str(path)
+  if not path.endswith(('.nii', '.nii.gz')):
+    raise DataError('SUFFIX', path, 'is not the name of a NIfTI file', 'let it end in .nii.gz or .nii')
+  array, affine = volume.to_grid(_storable(np.asarray(array)), like)
+  image = (nib.Nifti1Image if max(array.shape) < 2**15 else nib.Nifti2Image)(array, affine)
+  image.header.set_xyzt_units('mm')
+  image.set_sform(affine, code=1)
+  image.set_qform(affine, code=1)
+  corner = np.append(np.array(array.shape) - 1, 1)
+  if np.abs((image.get_qform() - affine) @ np.abs(corner)).max() > 1e-3:    # a quaternion cannot hold a shear
+    image.set_qform(None, code=0)
+  data = image.to_bytes()
+  try:
+    epath.Path(path).write_bytes(gzip.compress(data, 6, mtime=0) if path.endswith('.gz') else data)
+  except Exception as e:    # every storage backend has its own
+    raise DataError('UNWRITABLE', path, f'{type(e).__name__}: {e}', 'check folder, permissions and space') from e
+
+
+def _storable(array: np.ndarray) -> np.ndarray:
+  """In a type that every NIfTI reader knows."""
+  if array.dtype == bool:
+    return array.astype(np.uint8)
+  if array.dtype.kind == 'f':
+    return array.astype(np.float32)
+  if array.dtype.kind in 'iu' and array.dtype.itemsize == 8:
+    if array.size and not (array.min() >= -2**31 and array.max() < 2**31):
+      raise ValueError(f'values {array.min()} ... {array.max()} do not fit int32')
+    return array.astype(np.int32)
+  if array.dtype.kind not in 'iu':
+    raise ValueError(f'cannot write {array.dtype}: expected integers, booleans or floats')
+  return array
 
 
 # ---- the file
 
-def read_bytes(path) -> bytes:
-  """The content of a file, which is not empty; else DataError."""
-  try:
-    data = epath.Path(path).read_bytes()
-  except Exception as e:    # every storage backend has its own
-    raise DataError('UNREADABLE', path, f'{type(e).__name__}: {e}', 'check path and permissions') from e
-  if not data:
-    raise DataError('ZERO_BYTES', path, 'file has 0 bytes', 'copy or download it again')
-  return data
-
-
 def _load(path: str):
   """-> (nibabel header, the bytes that its data offset refers to)."""
+  names = parts(path)
+  if len(names) == 1:
+    data = _decode(path, lambda start: _span(_header(start, path), path))
+    return _header(data, path), data
+  header = _header(_decode(names[0], lambda start: (0, 0)), path)
+  return header, _decode(names[1], lambda start: _span(header, path))
+
+
+def parts(path) -> tuple[str, ...]:
+  """The files that a volume is made of: header and voxels of a pair, else the file itself. Raises DataError."""
+  path = str(path)
   suffix = next((s for s in ('.hdr.gz', '.img.gz', '.hdr', '.img') if path.lower().endswith(s)), '')
   if not suffix:
-    data = _decode(path)
-    header = _header(data, path)
-    return header, data
-  stem = path[:-len(suffix)]
-  half = {}
+    return path,
+  stem, out = path[:-len(suffix)], []
   for kind in ('hdr', 'img'):
     names = [f'{stem}.{k}{gz}' for k in (kind, kind.upper()) for gz in ('', '.gz')]
     found = [n for n in names if epath.Path(n).exists()]
     if not found:
       raise DataError('NOT_IMAGE', path, f'its other half is missing (no {names[0]} or {names[1]})',
                       'copy both files of the pair')
-    half[kind] = _decode(found[0])
-  return _header(half['hdr'], path), half['img']
+    out.append(found[0])
+  return tuple(out)
 
 
-def _decode(path: str) -> bytes:
+def _span(header, path: str) -> tuple[int, int]:
+  """Where the voxels begin, and how many bytes they are."""
+  shape = _shape(header, path)
+  return int(header.get_data_offset()), int(np.prod(shape, dtype=object)) * header.get_data_dtype().itemsize
+
+
+def _decode(path: str, span) -> bytes:
+  """The content of a file, unpacked if it is a gzip stream: to its end, checksum included.
+
+  Args:
+    span: function of the first bytes -> (begin, length) of the voxels. A stream that holds far more is refused, as
+      1 MB of it could fill the memory.
+  """
   data = read_bytes(path)
   if data[:2] != b'\x1f\x8b':
     return data
-  try:
-    return gunzip(data)
-  except Exception as e:
-    raise DataError('TRUNCATED', path, _damage(data, e), 'copy again') from e
+  start, _, fault = _inflate(data[:1 << 16], 1024)
+  if fault and len(start) < 352:
+    raise DataError('TRUNCATED', path, f'gzip stream is damaged ({fault})', 'copy again')
+  begin, length = span(start)
+  most = max(begin + length, 0) + SURPLUS
+  out, complete, fault = _inflate(data, most + 1)
+  if len(out) > most:
+    raise DataError('SURPLUS', path, f'gzip stream holds more than the {begin + length} bytes that its header '
+                    'describes', 'export it again or remove it')
+  if fault:
+    raise DataError('TRUNCATED', path, f'gzip stream is damaged ({fault})', 'copy again')
+  if not complete:
+    share = f' (about {100 * max(0., (len(out) - begin) / length):.0f} % of the voxels readable)' if length else ''
+    raise DataError('TRUNCATED', path, f'gzip stream ends early{share}', 'copy again')
+  return out
 
 
-def _damage(data: bytes, error: Exception) -> str:
-  """How much of a broken gzip stream can be read."""
-  stream, parts = zlib.decompressobj(31), []
+def _inflate(data: bytes, most: int) -> tuple[bytes, bool, str]:
+  """gzip stream (of one or several members) -> (at most `most` bytes of it, whether it came to its end, damage)."""
+  parts, size = [], 0
   try:
-    for i in range(0, len(data), 1 << 16):
-      parts.append(stream.decompress(data[i:i + (1 << 16)]))
-  except zlib.error:
-    pass
-  start = b''.join(parts)
-  if stream.eof or not isinstance(error, EOFError):
-    return f'gzip stream is damaged ({error})'
-  try:
-    header = _header(start, '')
-    need = int(np.prod(header.get_data_shape(), dtype=float)) * header.get_data_dtype().itemsize
-    share = max(0., (len(start) - header.get_data_offset()) / need)
-    return f'gzip stream ends early (about {100 * share:.0f} % of the voxels readable)'
-  except Exception:    # not even a header
-    return 'gzip stream ends early'
+    while True:
+      stream = decompressobj(31)    # gzip format
+      parts.append(stream.decompress(data, most - size))
+      size += len(parts[-1])
+      data = stream.unused_data.lstrip(b'\0')    # padding is allowed
+      if not stream.eof or not data or size >= most:
+        return b''.join(parts), stream.eof, ''
+  except Exception as e:    # zlib and isal have their own
+    return b''.join(parts), False, str(e)
 
 
 def _header(data: bytes, path: str):
@@ -181,18 +211,35 @@ def _header(data: bytes, path: str):
 
 # ---- header -> shape, affine
 
-def _shape(header, path: str) -> tuple[int, int, int]:
+def _shape(header, path: str) -> tuple[int, ...]:
+  """Three axes, and the further ones that are not all of length 1."""
   full = tuple(int(n) for n in header.get_data_shape())
-  shape = full
+  if not full or min(full) < 1:
+    raise DataError('NDIM', path, f'shape {full} has an empty axis', 'copy it again or remove it')
+  volume.check_size(full, path)
+  shape = full + (1,) * (3 - len(full))
   while len(shape) > 3 and shape[-1] == 1:
     shape = shape[:-1]
-  if len(shape) > 3:
-    raise DataError('NDIM', path, f'shape {full} has more than 3 axes', 'choose one index of the further axes and '
-                    'export one 3-D volume')
-  shape += (1,) * (3 - len(shape))
-  if min(shape) < 1:
-    raise DataError('NDIM', path, f'shape {full} has an empty axis', 'copy it again or remove it')
   return shape
+
+
+def _frame(shape: tuple[int, ...], frame, path: str) -> int:
+  """Which volume of the file is meant."""
+  further = shape[3:]
+  if frame is None:
+    if further:
+      first = f'({", ".join("0" * len(further))}{"," * (len(further) == 1)})'
+      raise DataError('NDIM', path, f'shape {shape} has more than 3 axes', f'read it with frame={first} for the first '
+                      f'of its {np.prod(further)} volumes, or export one 3-D volume')
+    return 0
+  further = further or (1,)
+  index = tuple(int(i) for i in np.atleast_1d(frame))
+  if len(index) == 1 and sum(n > 1 for n in further) == 1:
+    index = tuple(index[0] if n > 1 else 0 for n in further)
+  if len(index) != len(further) or any(not 0 <= i < n for i, n in zip(index, further)):
+    raise DataError('NDIM', path, f'there is no frame {frame}: the further axes have lengths {further}',
+                    'choose an index below each length')
+  return int(np.ravel_multi_index(index, further, order='F'))
 
 
 def _affine(header, path: str, warn) -> np.ndarray:
@@ -211,7 +258,7 @@ def _affine(header, path: str, warn) -> np.ndarray:
         raise
   if sform is not None and qform is not None:
     corners = np.array([[i, j, k, 1] for i in (0, 1) for j in (0, 1) for k in (0, 1)]).T
-    corners[:3] *= np.maximum(np.array(_shape(header, path))[:, None] - 1, 0)
+    corners[:3] *= np.array(_shape(header, path)[:3])[:, None] - 1
     gap = np.linalg.norm(((sform - qform) @ corners)[:3], axis=0).max()
     if gap > 1e-3:
       warn('FORM_MISMATCH', f'sform and qform differ by {gap:.3g} mm; sform used')
@@ -234,7 +281,7 @@ def _affine(header, path: str, warn) -> np.ndarray:
 
 # ---- voxels
 
-def _values(header, data: bytes, shape, path: str) -> tuple[np.ndarray, tuple[float, float], int]:
+def _values(header, data: bytes, shape, number: int, path: str) -> tuple[np.ndarray, tuple[float, float], int]:
   """-> scaled voxels [i, j, k] (int16 or float32, native byte order), (minimum, maximum) and number of non-finite ones.
 
   Non-finite voxels are set to -1024 and do not count for the extremes.
@@ -244,23 +291,24 @@ def _values(header, data: bytes, shape, path: str) -> tuple[np.ndarray, tuple[fl
     raise DataError('DTYPE_RGB', path, f'colour voxels ({",".join(dtype.names)}), not HU', 'use the grey series')
   if dtype.kind == 'c':
     raise DataError('DTYPE_COMPLEX', path, f'complex voxels ({dtype})', 'export magnitude')
-  offset = header.get_data_offset()
-  need = int(np.prod(shape, dtype=object)) * dtype.itemsize
+  offset, need = _span(header, path)
   if offset < 0 or offset + need > len(data):
     share = max(0., (len(data) - offset) / need)
     raise DataError('TRUNCATED', path, f'file ends early (about {100 * share:.0f} % of the voxels readable)',
                     'copy again')
+  shape = shape[:3]
+  offset += number * int(np.prod(shape)) * dtype.itemsize
   slope, inter = (default if v is None else v for v, default in zip(header.get_slope_inter(), (1., 0.)))
   proxy = ArrayProxy(io.BytesIO(data), (shape, dtype, offset, slope, inter))
-  fits = lambda low, high: low >= -2**15 and high < 2**15
   if dtype.kind in 'iu' and (slope, inter) == (1, 0):
     array = np.asanyarray(proxy)
     low, high = float(array.min()), float(array.max())
-    return array.astype(np.int16 if fits(low, high) else np.float32, copy=False), (low, high), 0
+    return array.astype(np.int16 if fits_int16(low, high) else np.float32, copy=False), (low, high), 0
   array, whole = np.empty(shape, np.float32, order='F'), True
   low, high, nonfinite = np.inf, -np.inf, 0
-  for k in range(shape[2]):    # slice by slice: nibabel scales in float64
-    part = np.array(proxy[..., k], np.float32)
+  step = max(1, CHUNK // (shape[0] * shape[1]))
+  for k in range(0, shape[2], step):    # some slices at a time: nibabel scales in float64
+    part = np.array(proxy[..., k:k + step], np.float32)
     bad = ~np.isfinite(part)
     if bad.any():
       nonfinite += int(np.count_nonzero(bad))
@@ -268,49 +316,7 @@ def _values(header, data: bytes, shape, path: str) -> tuple[np.ndarray, tuple[fl
     low = min(low, float(part.min(where=~bad, initial=np.inf)))
     high = max(high, float(part.max(where=~bad, initial=-np.inf)))
     whole = whole and np.array_equal(part, np.rint(part))
-    array[..., k] = part
+    array[..., k:k + step] = part
   if nonfinite == array.size:
     low = high = float(AIR_HU)
-  return array.astype(np.int16) if whole and fits(low, high) else array, (low, high), nonfinite
-
-
-# ---- geometry
-
-def canonical(array: np.ndarray, affine: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-  """[i, j, k] in any orientation -> [S, A, R] by flips and axis permutation alone, with its affine."""
-  orientation = nib.io_orientation(affine)
-  affine = affine @ nib.orientations.inv_ornt_aff(orientation, array.shape)
-  array = nib.apply_orientation(array, orientation)
-  return np.ascontiguousarray(array.transpose(2, 1, 0)), affine[:, [2, 1, 0, 3]]
-
-
-def tilt(affine: np.ndarray) -> tuple[float, float]:
-  """Canonical affine -> (largest angle between an array axis and its patient axis in degrees, largest cosine
-  between two array axes)."""
-  axes = affine[:3, :3] / np.linalg.norm(affine[:3, :3], axis=0)
-  angle = np.degrees(np.arccos(np.clip(np.diag(axes[::-1]), -1, 1))).max()
-  return float(angle), float(np.abs(axes.T @ axes - np.eye(3)).max())
-
-
-def straighten(array: np.ndarray, affine: np.ndarray, path='') -> tuple[np.ndarray, np.ndarray]:
-  """Linear interpolation of a canonical volume on the smallest axis-aligned grid that holds it.
-
-  The grid keeps the spacing of each axis, so nothing is reduced and no low-pass is needed. Outside of the
-  volume stands its minimum. Returns float32 [D, H, W] and its affine.
-  """
-  size = np.linalg.norm(affine[:3, :3], axis=0)    # (z, y, x)
-  corners = np.array([[i, j, k, 1] for i in (0, 1) for j in (0, 1) for k in (0, 1)], float)
-  corners[:, :3] *= np.array(array.shape) - 1
-  world = (corners @ affine.T)[:, :3]              # RAS = (x, y, z)
-  low, high = world.min(0), world.max(0)
-  count = np.ceil((high - low)[::-1] / size - 1e-3) + 1
-  if count.prod() > 64 * max(array.size, 1 << 20):
-    raise DataError('SPACING', path, f'a straight grid would have {count.prod():.3g} voxels, the file has {array.size}',
-                    'correct the affine in the header')
-  grid = np.eye(4)
-  grid[:3, :3], grid[:3, 3] = np.diag(size)[::-1], low    # rows (x, y, z), columns (z, y, x)
-  to_source = np.linalg.inv(affine) @ grid
-  out = ndimage.affine_transform(array.astype(np.float32), to_source[:3, :3], to_source[:3, 3],
-                                 output_shape=tuple(int(n) for n in count), order=1, mode='constant',
-                                 cval=float(array.min()))
-  return out, grid
+  return array.astype(np.int16) if whole and fits_int16(low, high) else array, (low, high), nonfinite

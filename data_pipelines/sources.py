@@ -15,7 +15,7 @@ from concurrent import futures
 
 import numpy as np
 
-from data_pipelines import files, images, phantom, tiles
+from data_pipelines import files, phantom, readers, tiles
 from data_pipelines.errors import DataError
 
 SHOWN = 3                # warnings of one kind; further ones are only counted
@@ -154,48 +154,55 @@ def _indices(part: str, records: int) -> range:
 # ---- folders
 
 class _Folder:
-  """Files of a folder, checked once at the start; a file that fails later is replaced by the next good record."""
+  """Samples of a folder, checked once at the start; one that fails later is replaced by the next good record."""
 
   def __init__(self, spec: str, on_bad_file: str, cache_bytes: int):
     self.spec, self.on_bad_file = spec, on_bad_file
     self.cache = Cache(cache_bytes)
-    self.failed = {}    # file -> DataError
-    found = files.find(spec, self.kind, self.leaf)
-    self.files, self.parts, refused, warned = [], [], collections.Counter(), collections.Counter()
-    for path, (parts, warnings) in zip(found.files, self._check_all(found.files)):
+    self.failed = {}    # index of an item -> DataError
+    found = readers.discover(spec, self.kind)
+    if found.faults and (on_bad_file == 'stop' or len(found.faults) == 1 and not found.items):
+      raise found.faults[0]
+    total = len(found.items) + len(found.faults)
+    if not total:
+      raise readers.empty(spec, self.kind, found, self.leaf)
+    self.items, self.parts, warned = [], [], collections.Counter()    # parts: (index of an item, its part)
+    refused = collections.Counter(fault.code for fault in found.faults)
+    for fault in found.faults:
+      files.warn(fault, 'skipped')
+    for item, (parts, warnings) in zip(found.items, self._check_all(found.items)):
       if isinstance(parts, DataError):
         refused[parts.code] += 1
         continue
-      self.parts += [(len(self.files), part) for part in parts]
-      self.files.append(path)
+      self.parts += [(len(self.items), part) for part in parts]
+      self.items.append(item)
       for warning in warnings:
         code = warning.split()[1]
         warned[code] += 1
         if warned[code] <= SHOWN:
           files.say(warning)
     count = lambda c: ', '.join(f'{n} {code}' for code, n in sorted(c.items()))
-    files.say(f'{self.leaf}: {len(found.files)} files, {len(self.files)} usable, {len(self.parts)} records'
+    files.say(f'{self.leaf}: {total} files, {len(self.items)} usable, {len(self.parts)} records'
         + (f'; refused: {count(refused)}' if refused else '') + (f'; warnings: {count(warned)}' if warned else '')
         + (f'; ignored: {found.others}' if found.others else ''))
-    if not self.files:
-      raise DataError('EMPTY_DIR', spec, f'none of {len(found.files)} files is usable ({count(refused)})',
-                      'see the lines above')
-    self.root = os.path.commonpath([os.path.dirname(f) for f in self.files])
+    if not self.items:
+      raise DataError('EMPTY_DIR', spec, f'none of {total} files is usable ({count(refused)})', 'see the lines above')
+    self.root = os.path.commonpath([os.path.dirname(item.path) for item in self.items])
 
   def __len__(self):
     return len(self.parts)
 
   @functools.cached_property
   def digest(self) -> str:
-    return _digest('\n'.join(self.name(self.files[file], part) for file, part in self.parts))
+    return _digest('\n'.join(self.name(self.items[file], part) for file, part in self.parts))
 
   def __getitem__(self, i: int) -> dict:
     for shift in range(len(self)):
       file, part = self.parts[(i + shift) % len(self)]
-      path = self.files[file]
+      item = self.items[file]
       if file not in self.failed:
         try:
-          record = self.record(self.cache.get(path, lambda p=path: self.decode(p)), path, part)
+          record = self.record(self.cache.get(item.path, lambda item=item: self.decode(item)), item, part)
           return record | {'index': i, 'group': file, 'bad': shift > 0}
         except DataError as e:
           if self.failed.setdefault(file, e) is e and self.on_bad_file == 'skip':
@@ -204,20 +211,20 @@ class _Folder:
         raise self.failed[file]
     raise DataError('EMPTY_DIR', self.spec, 'not one record can be read any more', 'check the disk, then start again')
 
-  def name(self, path: str, part: int) -> str:
-    return os.path.relpath(path, self.root) + (f' z{part}' if part is not None else '')
+  def name(self, item: readers.Item, part: int) -> str:
+    return os.path.relpath(item.path, self.root) + (f' z{part}' if part is not None else '')
 
-  def _check_all(self, paths):
-    """check(path) of every file in order, in threads; yields (parts or DataError, warnings)."""
-    def one(path):
+  def _check_all(self, items):
+    """check(item) of every item in order, in threads; yields (parts or DataError, warnings)."""
+    def one(item):
       try:
-        return self.check(path)
+        return self.check(item)
       except DataError as e:
         return e, ()
-    progress = files.Progress(f'{self.leaf}: checking files', len(paths))
+    progress = files.Progress(f'{self.leaf}: checking files', len(items))
     pool = futures.ThreadPoolExecutor(min(16, os.cpu_count() or 1))
     try:
-      for result in pool.map(one, paths):
+      for result in pool.map(one, items):
         progress.advance()
         if isinstance(result[0], DataError):
           if self.on_bad_file == 'stop':
@@ -229,7 +236,7 @@ class _Folder:
 
 
 class CTFolder(_Folder):
-  """24-slice tiles of the CT files of a folder. Every file is decoded once at the start.
+  """24-slice tiles of the CT scans (NIfTI, DICOM series) of a folder. Every scan is decoded once at the start.
 
   Args:
     spec: folder or glob pattern, several of them separated by commas.
@@ -248,20 +255,20 @@ class CTFolder(_Folder):
     self.depth = {}
     super().__init__(spec, on_bad_file, cache_bytes)
 
-  def decode(self, path) -> tiles.Scan:
-    scan = tiles.read(path, self.modality, self.whole)
-    depth = self.depth.setdefault(path, scan.volume.shape[0])
+  def decode(self, item) -> tiles.Scan:
+    scan = tiles.read(item, self.modality, self.whole)
+    depth = self.depth.setdefault(item.path, scan.volume.shape[0])
     if depth != scan.volume.shape[0]:
-      raise DataError('CHANGED', path, f'has {scan.volume.shape[0]} slices, had {depth} at the start',
+      raise DataError('CHANGED', item.path, f'has {scan.volume.shape[0]} slices, had {depth} at the start',
                       'leave the files alone during a run')
     return scan
 
-  def check(self, path):
-    scan = self.cache.get(path, lambda: self.decode(path))
+  def check(self, item):
+    scan = self.cache.get(item.path, lambda: self.decode(item))
     return tiles.starts(scan.volume.shape[0]), scan.warnings
 
-  def record(self, scan: tiles.Scan, path: str, start: int) -> dict:
-    return tiles.cut(scan, start) | {'name': self.name(path, start)}
+  def record(self, scan: tiles.Scan, item: readers.Item, start: int) -> dict:
+    return tiles.cut(scan, start) | {'name': self.name(item, start)}
 
 
 class XrayFolder(_Folder):
@@ -271,19 +278,19 @@ class XrayFolder(_Folder):
   def __init__(self, spec, *, on_bad_file='skip', cache_bytes=CACHE_BYTES):
     super().__init__(spec, on_bad_file, cache_bytes)
 
-  def decode(self, path):
-    return (images.read(path).array,)
+  def decode(self, item):
+    return (readers.image(item).array,)
 
-  def check(self, path):
-    images.check(path)
+  def check(self, item):
+    readers.check_image(item)
     return (None,), ()
 
-  def record(self, decoded, path: str, part) -> dict:
-    return {'image': decoded[0], 'name': self.name(path, part)}
+  def record(self, decoded, item: readers.Item, part) -> dict:
+    return {'image': decoded[0], 'name': self.name(item, part)}
 
 
 def one_ct(path, config) -> dict:
-  """The middle tile of one CT file as a record, for evaluation. Raises DataError."""
+  """The middle tile of one CT scan as a record, for evaluation. Raises DataError."""
   scan = tiles.read(path, config.data.modality, config.drr.scope == 'volume')
   middle = (scan.volume.shape[0] - tiles.TILE) // 2
   return tiles.cut(scan, middle) | {'index': 0, 'name': os.path.basename(path), 'bad': False}

@@ -1,4 +1,4 @@
-"""A CT file -> clipped HU, judged fit for training -> overlapping tiles of 24 slices.
+"""A CT scan -> clipped HU, judged fit for training -> overlapping tiles of 24 slices.
 
 The tiling (24 slices, stride 12, last tile shifted back, central 80 % of wide planes) is that of the released
 code. Clipping to [-1024, 3071], the refusals and the reduced copy of the whole scan are chosen by us.
@@ -7,8 +7,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-from data_pipelines import nifti
+from data_pipelines import readers
 from data_pipelines.errors import DataError
+from data_pipelines.volume import Volume
 from unimiss_jax.views import matrices
 
 TILE, STRIDE = 24, 12             # slices
@@ -21,7 +22,7 @@ WHOLE_MM, WHOLE_BYTES = 3., 4 << 20
 
 
 class Scan(NamedTuple):
-  """A decoded CT file.
+  """A decoded CT scan.
 
   Attributes:
     volume: int16 [D, H, W] = [S, A, R] HU, D >= 24 (short scans lie in the middle of air), wide planes cut.
@@ -36,14 +37,21 @@ class Scan(NamedTuple):
   warnings: list[str]
 
 
-def read(path, modality: str = 'ct', whole: bool = False) -> Scan:
-  """Reads, judges and clips one file.
+def read(item, modality: str = 'ct', whole: bool = False) -> Scan:
+  """Reads, judges and clips one scan.
+
+  Args:
+    item: readers.Item, or a path.
+    modality: as of judge.
+    whole: also the complete scan, reduced.
 
   Raises:
-    DataError: those of nifti.read, and those of judge.
+    DataError: those of readers.volume, and those of judge.
   """
-  source = nifti.read(path)
-  warnings = source.meta['warnings'] + judge(source, path, modality)
+  if not isinstance(item, readers.Item):
+    item = readers.item(item, 'volume')
+  source = readers.volume(item)
+  warnings = source.meta['warnings'] + judge(source, item.path, modality)
   hu = np.clip(np.rint(source.array) if source.array.dtype == np.float32 else source.array, *HU_RANGE).astype(np.int16)
   small, small_mm = reduced(hu, source.spacing_mm) if whole else (None, None)
   if max(hu.shape[1:]) > WIDE:
@@ -54,7 +62,7 @@ def read(path, modality: str = 'ct', whole: bool = False) -> Scan:
   return Scan(np.ascontiguousarray(hu), source.spacing_mm, small, small_mm, warnings)
 
 
-def judge(volume: nifti.Volume, path, modality: str = 'ct') -> list[str]:
+def judge(volume: Volume, path, modality: str = 'ct') -> list[str]:
   """Whether a readable volume can be trained on; returns warnings.
 
   Raises:
@@ -68,8 +76,9 @@ def judge(volume: nifti.Volume, path, modality: str = 'ct') -> list[str]:
   if meta['nonfinite'] > 0.01 * size:
     raise refuse('NONFINITE', f"{100 * meta['nonfinite'] / size:.1f} % of the voxels are not finite, at most 1 %",
                  'export it again or remove it')
-  if min(volume.array.shape) < LEAST:
-    shape = ' x '.join(map(str, volume.array.shape))
+  shape = meta.get('shape_canon', volume.array.shape)    # straightening adds slices, but nothing to see in them
+  if min(shape) < LEAST:
+    shape = ' x '.join(map(str, shape))
     raise refuse('TOO_SMALL', f'{shape} voxels (S x A x R), need >= {LEAST} per axis', 'remove it')
   if meta['oblique_deg'] > OBLIQUE_DEG:
     raise refuse('OBLIQUE', f"axes {meta['oblique_deg']:.1f} deg from the patient axes, at most {OBLIQUE_DEG:g}",

@@ -11,6 +11,7 @@ from PIL import Image
 
 from data_pipelines import importers, manifest
 from data_pipelines.errors import DataError
+from tests.data_pipelines.dicom_files import dataset, noise, save
 
 
 def make(folder, *names):
@@ -50,25 +51,23 @@ def test_who_the_subject_is(tmp_path):
       subjects(how)
 
 
-def test_series_come_from_a_discoverer(tmp_path):
-  root = make(tmp_path / 'pacs', 'p/1/IM1', 'p/1/IM2', 'p/2/IM1', 'q/x.dcm')
-  seen = []
-
-  def discover(spec, kind):
-    seen.append((spec, kind))
-    return [root / 'p/1', root / 'p/2'] if kind == 'volume' else [root / 'q/x.dcm']
-  got = importers.rows(root, discover=discover)
-  assert brief(got, 'id', 'kind') == [('pacs/p/1', 'volume'), ('pacs/p/2', 'volume'), ('pacs/q/x.dcm', 'image')]
-  assert seen == [(str(root), 'volume'), (str(root), 'image')]
-  alone = importers.rows(root / 'p/1', discover=lambda spec, kind: [spec] if kind == 'volume' else [])
-  assert brief(alone, 'id', 'path') == [('1/1', str(root / 'p/1'))]
+def test_dicom_series_are_volumes(tmp_path):
+  """One in a folder goes by the folder, several by their ids; a radiograph is an image."""
+  root = tmp_path / 'pacs'
+  for k in range(2):
+    save(root / f'p/1/IM{k}', dataset(noise((4, 4)), ImagePositionPatient=[0, 0, 5 * k]))
+    for uid in ('1.5', '1.6'):
+      save(root / f'p/2/{uid}-{k}', dataset(noise((4, 4)), ImagePositionPatient=[0, 0, 5 * k], SeriesInstanceUID=uid))
+  save(root / 'q/x', dataset(noise((4, 4)), kind='CR'))
+  got = importers.rows(root)
+  assert brief(got, 'id', 'kind') == [
+      ('pacs/p/1', 'volume'), ('pacs/p/2::1.5', 'volume'), ('pacs/p/2::1.6', 'volume'), ('pacs/q/x', 'image')]
+  assert brief(importers.rows(root / 'p/1'), 'id', 'path') == [('1/1', str(root / 'p/1'))]
 
 
 def test_a_folder_without_images(tmp_path):
   with pytest.raises(DataError, match='EMPTY_DIR .*found 2 [*].dcm'):
     importers.rows(make(tmp_path, 'a.dcm', 'b.dcm'))
-  with pytest.raises(DataError, match='EMPTY_DIR'):
-    importers.rows(tmp_path, discover=lambda *_: [])
   with pytest.raises(DataError, match='EMPTY_DIR'):
     importers.rows(tmp_path / 'none')
 
@@ -360,5 +359,6 @@ def test_covid_table(shared):
 @pytest.mark.realdata
 def test_folder_of_scans(shared):
   got = importers.rows(shared / 'data/ct')
-  assert len(got) == 23 and all(r['kind'] == 'volume' for r in got)
-  assert len({r['subject'] for r in got}) == 19    # six tiles of two DeepLesion volumes
+  nifti = [r for r in got if r['path'].endswith('.nii.gz')]      # the others are DICOM slices
+  assert len(nifti) == 23 and len(got) == 30 and all(r['kind'] == 'volume' for r in got)
+  assert len({r['subject'] for r in nifti}) == 19    # six tiles of two DeepLesion volumes

@@ -10,7 +10,7 @@ from etils import epath
 from PIL import Image
 
 from configs import common
-from data_pipelines import files, manifest, nifti, phantom, sources, tiles
+from data_pipelines import files, manifest, phantom, readers, sources, tiles
 from data_pipelines.errors import DataError
 
 
@@ -108,7 +108,7 @@ def test_tile_counts_of_the_shared_scans(shared, capsys):
   counts = {}
   source = sources.CTFolder(f'{shared}/data/ct/*.nii.gz,{shared}/data/ct/sts')
   for file, _ in source.parts:
-    depth = source.depth[source.files[file]]
+    depth = source.depth[source.items[file].path]
     counts.setdefault(depth, {}).setdefault(file, 0)
     counts[depth][file] += 1
   documented = {30: 2, 41: 3, 47: 3, 51: 4, 60: 4, 68: 5, 78: 6, 112: 9, 134: 11, 137: 11, 152: 12, 164: 13}
@@ -189,7 +189,7 @@ def test_patterns_pairs_and_order(tmp_path):
   for name in ('b/x.nii', 'a/y.nii.gz', 'a/deep/z.nii'):
     save(tmp_path / name, ct(24))
   nib.save(nib.Nifti1Pair(ct(24).transpose(2, 1, 0), np.eye(4)), tmp_path / 'a' / 'pair.img')
-  names = lambda spec: [f[len(str(tmp_path)) + 1:] for f in files.find(spec, 'volume', 'data.ct').files]
+  names = lambda spec: [i.path[len(str(tmp_path)) + 1:] for i in readers.discover(spec, 'volume').items]
   assert names(str(tmp_path)) == ['a/deep/z.nii', 'a/pair.hdr', 'a/y.nii.gz', 'b/x.nii']
   assert names(f'{tmp_path}/a/*.nii*') == ['a/y.nii.gz']
   assert names(f'{tmp_path}/**/*.nii') == ['a/deep/z.nii', 'b/x.nii']
@@ -361,8 +361,9 @@ def test_object_stores_are_listed_and_read(memory, tmp_path):
   (folder / 'sub').mkdir(parents=True)
   for name in ('y1.nii.gz', 'y2.nii.gz', 'sub/x.nii.gz', 'z.dcm'):
     (folder / name).write_bytes((tmp_path / 'x.nii.gz').read_bytes())
-  found = files.find(f'{memory}/ct/', 'volume', 'data.ct')
-  assert found == ([f'{memory}/ct/{n}.nii.gz' for n in ('sub/x', 'y1', 'y2')], '1 *.dcm')
-  assert files.find(f'{memory}/ct/y*.nii.gz', 'volume', 'data.ct').files == found.files[1:]
-  assert files.find(f'{memory}/ct/**/*.nii.gz', 'volume', 'data.ct').files == found.files
-  assert nifti.read(found.files[0]).array.shape == (8, 8, 8)
+  found = readers.discover(f'{memory}/ct/', 'volume')
+  assert [i.path for i in found.items] == [f'{memory}/ct/{n}.nii.gz' for n in ('sub/x', 'y1', 'y2')]
+  assert found.others == '1 *.dcm' and not found.faults
+  assert readers.discover(f'{memory}/ct/y*.nii.gz', 'volume').items == found.items[1:]
+  assert readers.discover(f'{memory}/ct/**/*.nii.gz', 'volume').items == found.items
+  assert readers.volume(found.items[0]).array.shape == (8, 8, 8)

@@ -1,0 +1,185 @@
+"""Folders and files of any format -> samples, and a sample -> its volume or radiograph: all formats meet here.
+
+NIfTI files and pictures are known by the ends of their names, DICOM by its content among the files that have none of
+these.
+"""
+import collections
+import os
+from concurrent import futures
+from typing import NamedTuple
+
+from etils import epath
+
+from data_pipelines import dicom, dicom_file, files, images, nifti
+from data_pipelines.errors import DataError
+from data_pipelines.volume import Volume
+
+SUFFIXES = {'nifti': ('.nii.gz', '.nii', '.hdr.gz', '.hdr', '.img.gz', '.img'), 'image': ('.png', '.jpg', '.jpeg')}
+BY_NAME = {'volume': 'nifti', 'image': 'image'}    # kind of a sample -> the format that names tell
+FORMATS = ('auto', 'nifti', 'dicom', 'image')
+
+
+class Item(NamedTuple):
+  """A sample: one volume or one radiograph.
+
+  Attributes:
+    path: what messages name; `item(path, kind)` finds it again. A file; or the folder of a DICOM series, with
+      `::<SeriesInstanceUID>` where it holds several.
+    kind: 'volume' or 'image'.
+    format: 'nifti', 'dicom' or 'image' (PNG, JPEG).
+    files: all files that it is made of.
+  """
+  path: str
+  kind: str
+  format: str
+  files: tuple[str, ...]
+
+
+class Found(NamedTuple):
+  items: list[Item]           # sorted by path
+  others: str                 # what else lies there: '3 *.csv, 12 DICOM reformat'
+  faults: list[DataError]     # what looks like a sample and cannot be read
+
+
+def discover(spec: str, kind: str, format: str = 'auto') -> Found:
+  """All samples below folders (recursively) or matching glob patterns (`**` = any depth); hidden files are left out.
+
+  Of files that names do not tell, the first 512 bytes are read; of DICOM files, the header.
+
+  Args:
+    spec: folders, patterns or files, separated by commas; local or with a scheme (gs://).
+    kind: 'volume' or 'image'.
+    format: 'auto', or the only one that is looked for; 'dicom' also asks files whose names tell another format.
+  """
+  _known(kind, format)
+  others, pairs, unnamed = collections.Counter(), {}, []
+  for path in files.expand(spec):
+    suffix, owner = _by_name(path)
+    if format == 'dicom' or not owner:
+      unnamed.append(path)
+    elif owner != BY_NAME[kind] or format not in ('auto', owner):
+      others[_end(path)] += 1
+    elif suffix[:4] in ('.hdr', '.img'):    # 'x.hdr' sorts before 'x.img'
+      pairs.setdefault(path[:-len(suffix)] + '.hdr', []).append(path)
+    else:
+      pairs[path] = [path]
+  items = [Item(parts[0], kind, BY_NAME[kind], tuple(parts)) for parts in pairs.values()]
+  asked = unnamed if format in ('auto', 'dicom') else []
+  with futures.ThreadPoolExecutor(min(16, os.cpu_count() or 1)) as pool:
+    told = list(pool.map(_is_dicom, asked))
+  listing = dicom.series([path for path, yes in zip(asked, told) if yes])
+  others.update(_end(path) for path, yes in zip(asked, told) if not yes)
+  others.update(_end(path) for path in unnamed[len(asked):])
+  others.update(listing.others)
+  if kind == 'volume':
+    items += [Item(s.path, kind, 'dicom', s.files) for s in listing.series]
+    others['DICOM radiograph'] += len(listing.radiographs)
+  else:
+    items += [Item(path, kind, 'dicom', (path,)) for path in listing.radiographs]
+    others['DICOM slice'] += sum(len(s.files) for s in listing.series)
+  return Found(sorted(items), ', '.join(f'{n} {name}' for name, n in sorted(others.items()) if n), listing.faults)
+
+
+def item(path, kind: str, format: str = 'auto') -> Item:
+  """The sample at a path, as `Item.path` names it.
+
+  Raises:
+    DataError: EMPTY_DIR (a folder without DICOM series), SERIES (with several), and those of DICOM headers.
+  """
+  _known(kind, format)
+  path = os.path.expanduser(str(path))
+  folder, several, uid = path.rpartition('::')
+  if several:
+    return _series_in(folder, kind, uid)
+  if format in ('nifti', 'image') or (format == 'auto' and _by_name(path)[1]):
+    return Item(path, kind, BY_NAME[kind], nifti.parts(path) if kind == 'volume' else (path,))
+  if format == 'dicom' or _is_dicom(path):
+    return _series_in(path, kind) if epath.Path(path).is_dir() else Item(path, kind, 'dicom', (path,))
+  if epath.Path(path).is_dir():
+    return _series_in(path, kind)
+  return Item(path, kind, BY_NAME[kind], (path,))
+
+
+def volume(source, *, oblique: str = 'resample', frame=None) -> Volume:
+  """The volume of an Item, or of a path.
+
+  Args:
+    source: Item, or what `item` takes.
+    oblique, frame: as of nifti.read.
+
+  Raises:
+    DataError: those of item, nifti.read and dicom.read.
+  """
+  source = source if isinstance(source, Item) else item(source, 'volume')
+  if source.format == 'dicom':
+    return dicom.read(dicom.Series(source.path, '', source.files), oblique=oblique)
+  return nifti.read(source.path, oblique=oblique, frame=frame)
+
+
+def image(source) -> images.Radiograph:
+  """The radiograph of an Item, or of a path.
+
+  Raises:
+    DataError: those of item, images.read and dicom.read_image.
+  """
+  source = source if isinstance(source, Item) else item(source, 'image')
+  return dicom.read_image(source.path) if source.format == 'dicom' else images.read(source.path)
+
+
+def check_image(source: Item) -> None:
+  """Raises what `image` raises for a file that is missing, empty or no picture; reads its header alone."""
+  (dicom.check_image if source.format == 'dicom' else images.check)(source.path)
+
+
+def empty(spec: str, kind: str, found: Found, leaf: str) -> DataError:
+  """The error of a place without samples.
+
+  Args:
+    leaf: the setting that holds spec, for the message.
+  """
+  return DataError('EMPTY_DIR', spec, f'no readable {kind} (found {found.others or "nothing"}; {kind}s end in '
+                   f'{", ".join(SUFFIXES[BY_NAME[kind]])}, or are DICOM)', f'point {leaf} at a folder with {kind}s')
+
+
+def _known(kind: str, format: str) -> None:
+  for value, known in ((kind, BY_NAME), (format, FORMATS)):
+    if value not in known:
+      raise ValueError(f'{value!r}: expected one of {", ".join(known)}')
+
+
+def _by_name(path: str) -> tuple[str, str]:
+  """-> (end of the name, format that it tells); both empty for other names."""
+  low = path.lower()
+  return next(((s, format) for format, ends in SUFFIXES.items() for s in ends if low.endswith(s)), ('', ''))
+
+
+def _end(path: str) -> str:
+  return '*' + os.path.splitext(path)[1].lower()
+
+
+def _is_dicom(path: str) -> bool:
+  try:
+    with epath.Path(path).open('rb') if '://' in path else open(path, 'rb') as f:
+      return dicom_file.looks(f.read(dicom_file.START))
+  except Exception:    # a folder, no permission, or what a storage backend raises: the reader will say it
+    return False
+
+
+def _series_in(folder: str, kind: str, uid: str | None = None) -> Item:
+  if kind != 'volume':
+    raise DataError('NOT_IMAGE', folder, 'is a folder', 'name one picture')
+  listing = dicom.series([p for p in files.expand(folder) if not _by_name(p)[1] and _is_dicom(p)])
+  chosen = [s for s in listing.series if uid is None or s.uid == uid]
+  path = folder if uid is None else f'{folder}::{uid}'
+  if len(chosen) > 1:    # a copy in a folder below has a path of its own
+    chosen = [s for s in chosen if s.path == path] or chosen
+  if len(chosen) == 1:
+    return Item(path, kind, 'dicom', chosen[0].files)
+  if chosen:
+    raise DataError('SERIES', folder, f'holds {len(chosen)} DICOM series: {", ".join(s.uid for s in chosen[:5])}'
+                    + ' ...' * (len(chosen) > 5), 'append ::<SeriesInstanceUID>')
+  if listing.faults:
+    raise listing.faults[0]
+  what = f'no DICOM series {uid}' if uid else 'no DICOM series'
+  found = ', '.join(f'{n} {name}' for name, n in sorted(listing.others.items()))
+  raise DataError('EMPTY_DIR', folder, f'{what} (found {found or "nothing"})', 'name a folder that holds one')
