@@ -26,6 +26,7 @@ def base() -> ConfigDict:
       xray='',                    # likewise
       modality='ct',              # values must be HU; other modalities are not read yet
       phantom_records=768,        # phantoms per stream, where data.ct or data.xray is ''
+      views_per_read=1,           # pairs of views drawn from one read of a record, one after the other
       workers=0,                  # data processes beside the trainer; 0 = threads only
       on_bad_file='skip',         # skip: one line and go on; stop: one line and exit 1
       reshuffle=True,             # X-rays: shuffled anew in every pass; False: all epochs' passes are shuffled as one

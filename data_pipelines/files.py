@@ -107,6 +107,16 @@ def _sha(path) -> str:
   return made.hexdigest()
 
 
+def single_threaded_blas() -> None:
+  """Samples are made of many small matrix products in several threads or processes: a BLAS that starts threads of its
+  own for each of them is 10 to 50 times slower."""
+  try:
+    from threadpoolctl import threadpool_limits
+  except ImportError:    # then OPENBLAS_NUM_THREADS=1 in the environment does it
+    return
+  threadpool_limits(1, 'blas')
+
+
 def say(line: str) -> None:
   print(line, file=sys.stderr, flush=True)
 
@@ -125,10 +135,13 @@ class Progress:
     self.shown = self.began    # a terminal sees one line that changes, a log file a line every half minute
 
   def advance(self) -> None:
-    self.done += 1
+    self.reach(self.done + 1)
+
+  def reach(self, done: int) -> None:
+    self.done = done
     now = time.monotonic()
     every = 2 if self.shown == self.began or sys.stderr.isatty() else 30
-    if now - self.shown > every:
+    if now - self.shown > every and done:
       self.shown = now
       rate = self.done / (now - self.began)
       line = f'{self.what}: {self.done}/{self.total}, {rate:.1f}/s, {(self.total - self.done) / rate:.0f} s left'

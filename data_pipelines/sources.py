@@ -44,7 +44,7 @@ class Cache:
     return len(self._values)
 
   def get(self, key, make):
-    """The value of a key; make() -> tuple with arrays in it."""
+    """The value of a key; make() -> tuple with arrays, or records of arrays, in it."""
     found = self._find(key)
     if found:
       return found[0]
@@ -69,7 +69,8 @@ class Cache:
         return self._values[key]
 
   def _put(self, key, value):
-    arrays = [a for a in value if isinstance(a, np.ndarray)]
+    inside = [a for v in value for a in (v.values() if isinstance(v, dict) else (v,))]
+    arrays = [a for a in inside if isinstance(a, np.ndarray)]
     for a in arrays:    # records are views of them
       a.flags.writeable = False
     size = sum(a.nbytes for a in arrays)
@@ -103,6 +104,9 @@ class PhantomCT:
   def digest(self) -> str:
     return _digest(f'phantoms {self.seed} {self.indices}')
 
+  def listing(self) -> list[dict]:
+    return [{'id': f'phantom {i} of seed {self.seed}'} for i in self.indices]
+
   def labels(self, i: int) -> dict:
     """{finding: 0 or 1} of record i."""
     return self._get(i)[2]
@@ -132,6 +136,9 @@ class PhantomXray:
   @property
   def digest(self) -> str:
     return _digest(f'phantom radiographs {self.seed} {self.indices}')
+
+  def listing(self) -> list[dict]:
+    return [{'id': f'phantom {i} of seed {self.seed}'} for i in self.indices]
 
   def __getitem__(self, i: int) -> dict:
     index = self.indices[i]
@@ -195,6 +202,10 @@ class _Folder:
   @functools.cached_property
   def digest(self) -> str:
     return _digest('\n'.join(self.name(self.items[file], part) for file, part in self.parts))
+
+  def listing(self) -> list[dict]:
+    """Its records as rows of a manifest."""
+    return [{'id': self.name(self.files[file], part)} for file, part in self.parts]
 
   def __getitem__(self, i: int) -> dict:
     for shift in range(len(self)):

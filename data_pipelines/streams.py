@@ -10,10 +10,11 @@ from concurrent import futures
 import grain
 import numpy as np
 
-from data_pipelines import draw, sample, sources
+from data_pipelines import draw, files, prepared, sample, sources
 
 STREAMS = ('ct', 'xray')
 THREADS, BUFFER = 4, 4    # per process; without a bound Grain reads hundreds of batches ahead
+LAST_BYTES = 64 << 20     # records that wait for their further views
 PAD_ID = -1               # id of the rows that fill up the last batch of a finite pass
 
 
@@ -29,7 +30,7 @@ def build(config, names=None, shard_index: int = 0, shard_count: int = 1) -> dic
     DataError: nothing to read at data.ct or data.xray.
     ValueError: a global batch that the shards cannot share evenly.
   """
-  _single_threaded_blas()    # sources reduce scans with it
+  files.single_threaded_blas()    # sources reduce scans with it
   names = [n for n in STREAMS if config.batch[n]] if names is None else names
   return {n: Stream(n, config, _source(n, config), shard_index, shard_count) for n in names}
 
@@ -70,8 +71,11 @@ class Stream:
     options = grain.MultiprocessingOptions(num_workers=workers) if workers else None
     if name == 'xray' and not config.data.reshuffle:    # as the released code: one shuffle of a list for all epochs
       records = records.repeat(max(config.epochs, 1))
+    records = records.shuffle()
+    if config.data.views_per_read > 1:
+      records = _SeveralTimes(records, config.data.views_per_read)
     self._iterator = iter(grain.experimental.ElasticIterator(
-        records.shuffle().repeat(None).random_map(_Views(name, config)), self.batch,
+        records.repeat(None).random_map(_Views(name, config)), self.batch,
         grain.sharding.ShardOptions(shard_index=shard_index, shard_count=shard_count),
         read_options=grain.ReadOptions(num_threads=THREADS, prefetch_buffer_size=BUFFER),
         multiprocessing_options=options))
@@ -80,6 +84,10 @@ class Stream:
   def digest(self) -> str:
     """Hash of the list of records."""
     return self.source.digest
+
+  def listing(self) -> list[dict]:
+    """The list, as rows of a manifest."""
+    return self.source.listing()
 
   def next(self) -> dict:
     """This shard's rows of the next global batch, {field: [batch / shard_count, ...]}.
@@ -127,12 +135,30 @@ class Stream:
     return batch // count
 
 
+class _SeveralTimes(grain.MapDataset):
+  """Each element k times in a row, so that one read serves k rows; what is random differs, as it hangs on the place."""
+
+  def __init__(self, parent, times: int):
+    super().__init__(parent)
+    self._times = times
+    self._last = sources.Cache(LAST_BYTES)
+
+  def __len__(self):
+    return len(self._parent) * self._times
+
+  def __getitem__(self, i):
+    if isinstance(i, slice):
+      return self.slice(i)
+    found, = self._last.get(i // self._times, lambda: (self._parent[i // self._times],))
+    return found
+
+
 class _Views(grain.transforms.RandomMap):
   """Record -> row; `rng` (key of whatever the device draws for this row) comes first from the row's generator."""
 
   def __init__(self, name, config):
     self.name, self.config = name, config
-    _single_threaded_blas()
+    files.single_threaded_blas()
 
   def __reduce__(self):    # so that a worker process passes through __init__ too
     return type(self), (self.name, self.config)
@@ -151,22 +177,20 @@ def _parse_flags() -> None:
     flags.FLAGS.mark_as_parsed()
 
 
-def _single_threaded_blas() -> None:
-  """Views are many small matrix products in several threads: a BLAS that starts threads of its own for each of them
-  makes a stream 10 to 50 times slower."""
-  try:
-    from threadpoolctl import threadpool_limits
-  except ImportError:    # then OPENBLAS_NUM_THREADS=1 in the environment does it
-    return
-  threadpool_limits(1, 'blas')
-
-
 def _source(name: str, config):
+  """Records of data.ct or data.xray: phantoms, folders, prepared shards, or several of them mixed."""
   data, whole = config.data, config.drr.scope == 'volume'
-  if name == 'ct':
-    if data.ct:
-      return sources.CTFolder(data.ct, modality=data.modality, whole=whole, on_bad_file=data.on_bad_file)
-    return sources.PhantomCT(config.seed, data.phantom_records, whole=whole)
-  if data.xray:
-    return sources.XrayFolder(data.xray, on_bad_file=data.on_bad_file)
-  return sources.PhantomXray(config.seed, data.phantom_records)
+  spec = data[name]
+  if not spec:
+    return (sources.PhantomCT(config.seed, data.phantom_records, whole=whole) if name == 'ct' else
+            sources.PhantomXray(config.seed, data.phantom_records))
+  more = {'ct': {'whole': whole}, 'xray': {}}[name] | {'on_bad_file': data.on_bad_file}
+  folder = {'ct': lambda p: sources.CTFolder(p, modality=data.modality, **more),
+            'xray': lambda p: sources.XrayFolder(p, **more)}[name]
+  shards = {'ct': prepared.PreparedCT, 'xray': prepared.PreparedXray}[name]
+  shares = prepared.weights(spec)
+  ready = {p: w for p, w in shares.items() if prepared.is_prepared(p, name)}
+  if not ready and set(shares.values()) == {1.}:
+    return folder(spec)
+  parts = [shards(p, **more) if p in ready else folder(p) for p in shares]
+  return parts[0] if len(parts) == 1 else prepared.Mixture(parts, list(shares.values()))

@@ -12,7 +12,7 @@ from data_pipelines.errors import DataError
 from data_pipelines.volume import Volume
 from unimiss_jax.views import matrices
 
-TILE, STRIDE = 24, 12             # slices
+TILE = 24                         # slices; the stride is half of it
 WIDE = 320                        # voxels
 LEAST = 16                        # voxels per axis
 HU_RANGE = (-1024, 3071)
@@ -37,13 +37,15 @@ class Scan(NamedTuple):
   warnings: list[str]
 
 
-def read(item, modality: str = 'ct', whole: bool = False) -> Scan:
+def read(item, modality: str = 'ct', whole: bool = False, spacing_mm=(0., 0., 0.), tile: int = TILE) -> Scan:
   """Reads, judges and clips one scan.
 
   Args:
     item: readers.Item, or a path.
     modality: as of judge.
     whole: also the complete scan, reduced.
+    spacing_mm: (z, y, x) to resample to; 0 = as it is.
+    tile: slices that a volume must have, else it is filled up with air; 0 = as many as it has.
 
   Raises:
     DataError: those of readers.volume, and those of judge.
@@ -54,12 +56,13 @@ def read(item, modality: str = 'ct', whole: bool = False) -> Scan:
   warnings = source.meta['warnings'] + judge(source, item.path, modality)
   hu = np.clip(np.rint(source.array) if source.array.dtype == np.float32 else source.array, *HU_RANGE).astype(np.int16)
   small, small_mm = reduced(hu, source.spacing_mm) if whole else (None, None)
+  hu, spacing_mm = resampled(hu, source.spacing_mm, spacing_mm)
   if max(hu.shape[1:]) > WIDE:
     hu = hu[(slice(None), *(slice(int(.1 * n), int(.9 * n)) for n in hu.shape[1:]))]
-  if hu.shape[0] < TILE:
-    missing = TILE - hu.shape[0]
+  if hu.shape[0] < tile:
+    missing = tile - hu.shape[0]
     hu = np.pad(hu, ((missing // 2, missing - missing // 2), (0, 0), (0, 0)), constant_values=HU_RANGE[0])
-  return Scan(np.ascontiguousarray(hu), source.spacing_mm, small, small_mm, warnings)
+  return Scan(np.ascontiguousarray(hu), spacing_mm, small, small_mm, warnings)
 
 
 def judge(volume: Volume, path, modality: str = 'ct') -> list[str]:
@@ -104,15 +107,21 @@ def judge(volume: Volume, path, modality: str = 'ct') -> list[str]:
   return warnings
 
 
-def starts(depth: int) -> list[int]:
-  """First slices of the tiles of a scan; the last tile ends at its last slice."""
-  count = max(0, -(-(depth - TILE) // STRIDE)) + 1
-  return [max(0, min(STRIDE * i, depth - TILE)) for i in range(count)]
+def starts(depth: int, tile: int = TILE) -> list[int]:
+  """First slices of the tiles of a scan, each half a tile after the other; the last tile ends at its last slice.
+
+  tile=0: one that holds all slices.
+  """
+  if not tile:
+    return [0]
+  stride = tile // 2
+  count = max(0, -(-(depth - tile) // stride)) + 1
+  return [max(0, min(stride * i, depth - tile)) for i in range(count)]
 
 
-def cut(scan: Scan, start: int) -> dict:
+def cut(scan: Scan, start: int, tile: int = TILE) -> dict:
   """The tile that begins at a slice, as the fields of a record."""
-  record = {'volume': scan.volume[start:start + TILE], 'spacing_mm': scan.spacing_mm}
+  record = {'volume': scan.volume[start:start + tile] if tile else scan.volume, 'spacing_mm': scan.spacing_mm}
   if scan.whole is not None:
     record |= {'whole': scan.whole, 'whole_spacing_mm': scan.whole_spacing_mm}
   return record
@@ -136,3 +145,28 @@ def reduced(volume: np.ndarray, spacing_mm, target_mm: float = WHOLE_MM) -> tupl
   out = np.rint(np.tensordot(d, planes, 1)).astype(np.int16)
   return out, tuple(s * n / m for s, n, m in zip(spacing_mm, volume.shape, out.shape))
 
+
+def resampled(volume: np.ndarray, spacing_mm, target_mm) -> tuple[np.ndarray, tuple]:
+  """Another spacing over the same extent: box mean where it gets coarser (antialiased), linear where it gets finer.
+
+  Args:
+    volume: int16 [D, H, W].
+    spacing_mm, target_mm: (z, y, x); an axis with target 0 stays as it is.
+
+  Returns:
+    int16 [d, h, w] and its exact spacing: a whole number of samples fills the extent.
+  """
+  shape = [max(1, round(n * s / t)) if t else n for n, s, t in zip(volume.shape, spacing_mm, target_mm)]
+  if tuple(shape) == volume.shape:
+    return volume, tuple(spacing_mm)
+  d, h, w = (None if n == m else matrices.resize('area' if m < n else 'linear', 0, n, n, m)
+             for n, m in zip(volume.shape, shape))
+  out = np.empty((len(volume), *shape[1:]), np.float32)
+  for plane, given in zip(out, volume):
+    plane[:] = _along(_along(given.astype(np.float32), h, 0), w, 1)
+  out = np.rint(_along(out, d, 0)).astype(np.int16)
+  return out, tuple(s * n / m for s, n, m in zip(spacing_mm, volume.shape, out.shape))
+
+
+def _along(array, matrix, axis: int):
+  return array if matrix is None else np.moveaxis(np.tensordot(matrix, array, (1, axis)), 0, axis)

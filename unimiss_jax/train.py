@@ -13,7 +13,7 @@ from concurrent import futures
 import jax
 import numpy as np
 
-from data_pipelines import evalset, files, streams
+from data_pipelines import evalset, files, manifest, streams
 from unimiss_jax import checkpoint, init_from, optim, processes, sharding, step, validate, workdir
 from unimiss_jax.lifeline import Lifeline
 from unimiss_jax.methods import base
@@ -127,6 +127,7 @@ class Run:
     self.record = self.best_so_far() if self.best and self.main else None
     restored = self.checkpoints.restore(template, resume == 'strict',
                                         self.refusal if resume != 'force' else lambda meta: None)
+    processes.on_main(lambda: workdir.keep_records(folder, {n: s.listing() for n, s in self.streams.items()}))
     if restored is None:
       given = init_from.read(config, abstract.params) if config.init_from else {}
       self.state = jax.jit(init, out_shardings=placed)(key, given)
@@ -149,8 +150,10 @@ class Run:
     for name, mine in self.records.items():
       theirs = meta.get('records', {}).get(name)
       if theirs and theirs != mine:
-        return (f'was written with other records of data.{name} ({theirs["count"]} then, {mine["count"]} now): samples '
-                f'would not be the same. FIX: bring the files back (lines above name the skipped ones), {force}')
+        what = manifest.changes(workdir.records(self.folder).get(name, []), self.streams[name].listing())
+        return (f'was written with other records of data.{name} ({theirs["count"]} then, {mine["count"]} now; '
+                f'{what or "their order or content differs"}): samples would not be the same. FIX: bring the files '
+                f'back (lines above name the skipped ones), {force}')
     return None
 
   def compile(self, phase, state):

@@ -75,7 +75,7 @@ def validate(config) -> None:
     if config.phases[s] and config.batch[s] < 1:
       raise ConfigError(f'batch.{s}={config.batch[s]}: must be at least 1, or set phases.{s}=0')
   for path in ('checkpoint.every', 'checkpoint.keep', 'log.every', 'optim.accum', 'optim.max_skipped',
-               'data.phantom_records', 'loss.slices'):
+               'data.phantom_records', 'data.views_per_read', 'loss.slices'):
     if leaf(config, path) < 1:
       raise ConfigError(f'{path}={leaf(config, path)}: must be at least 1')
   for path in ('log.watchdog_min', 'log.images_every', 'eval.every', 'data.workers', 'optim.clip',

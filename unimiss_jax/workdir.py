@@ -13,6 +13,7 @@ from unimiss_jax.validate import ConfigError
 
 FREE = ('mesh', 'log', 'eval', 'checkpoint')    # sections that may change between lives of a run
 FREE_LEAVES = ('data.workers',)
+RECORDS = 'records.json'
 PACKAGES = ('jax', 'flax', 'optax', 'orbax-checkpoint', 'grain', 'numpy')
 
 
@@ -84,6 +85,17 @@ def finished(workdir, config) -> bool:
 
 def finish(workdir, config) -> None:
   (epath.Path(workdir) / 'DONE').write_text(json.dumps(config_hash(config)))
+
+
+def keep_records(workdir, listings: dict) -> None:
+  """Writes records.json, {stream: rows}: what a later life compares its records with, to name the difference."""
+  (epath.Path(workdir) / RECORDS).write_text(json.dumps(listings))
+
+
+def records(workdir) -> dict:
+  """What `keep_records` wrote; {} where nothing is."""
+  file = epath.Path(workdir) / RECORDS
+  return json.loads(file.read_text()) if file.exists() else {}
 
 
 def continued() -> tuple[str, ...]:

@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 from configs import unimiss_plus
-from data_pipelines import streams
+from data_pipelines import prepare, prepared, sources, streams
 from data_pipelines.errors import DataError
 
 FILES = 10    # of each kind; every scan is one record
@@ -263,4 +263,43 @@ def test_phantom_streams(config):
   assert {n: s.records for n, s in built.items()} == {'ct': 3, 'xray': 3}
   for stream in built.values():
     assert all(np.isfinite(v).all() for v in stream.next().values())
+    stream.close()
+
+
+def test_several_views_from_one_read(config, monkeypatch):
+  """A record's rows follow each other, with draws of their own; it is read once; the position stays one integer."""
+  config.data.views_per_read = 2
+  reads, get = [], sources.CTFolder.__getitem__
+  monkeypatch.setattr(sources.CTFolder, '__getitem__', lambda self, i: (reads.append(i), get(self, i))[1])
+  stream = streams.build(config, ['ct'])['ct']
+  reads.clear()
+  got = take(stream, 5)      # 20 rows: one pass
+  ids = np.concatenate([b['id'] for b in got])
+  assert (ids[::2] == ids[1::2]).all() and sorted(ids[::2]) == list(range(FILES))
+  first, second = (np.concatenate([b['ct'] for b in got])[k::2] for k in (0, 1))
+  assert not any(np.array_equal(a, b) for a, b in zip(first, second))
+  assert len(reads) <= FILES + 2 * streams.THREADS + 4 * streams.BUFFER and stream.position() == 20
+  other = streams.build(config, ['ct'])['ct']
+  other.seek(8)
+  assert_same(take(other, 3), got[2:])
+  stream.close()
+  other.close()
+
+
+def test_prepared_shards_and_mixtures_are_named_by_the_same_leaf(config, tmp_path):
+  out = tmp_path / 'out'
+  assert prepare.main([config.data.ct, f'--out={out}', '--workers=0']) == 0
+  folder = config.data.ct
+  config.data.ct = config.data.xray = str(out)
+  built = streams.build(config)
+  assert isinstance(built['ct'].source, prepared.PreparedCT) and isinstance(built['xray'].source, prepared.PreparedXray)
+  rows = take(built['ct'], 2)
+  config.data.ct = f'{out}@2,{folder}'      # the folder holds the shards too, as files that are no scans
+  mixed = streams.build(config, ['ct'])['ct']
+  assert mixed.records == 3 * FILES and np.isfinite(mixed.next()['ct']).all()
+  config.data.workers = 1
+  config.data.ct = str(out)
+  worker = streams.build(config, ['ct'])['ct']
+  assert_same(take(worker, 2), rows)
+  for stream in (*built.values(), mixed, worker):
     stream.close()

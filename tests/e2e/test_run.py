@@ -86,13 +86,17 @@ def stopped(undisturbed, tmp_path):
 
 
 def test_other_records_are_refused_unless_forced(stopped, monkeypatch):
+  """And named, as the run has kept its list."""
+  before = sources.PhantomCT.listing
   monkeypatch.setattr(sources.PhantomCT, 'digest', 'of other files')
+  monkeypatch.setattr(sources.PhantomCT, 'listing', lambda self: before(self)[1:] + [{'id': 'new'}])
   with pytest.raises(CheckpointError, match=r'checkpoints/8 was written with other records of data.ct '
-                                            r'\(16 then, 16 now\).*'
+                                            r'\(16 then, 16 now; 1 removed: phantom \d+ of seed 0; 1 added: new\).*'
                                             r'FIX: bring the files back .*--resume=force'):
     train.train_and_evaluate(tiny.config(), str(stopped))
   assert not (stopped / 'DONE').exists()
   assert train.train_and_evaluate(tiny.config(), str(stopped), resume='force') == 0
+  assert json.loads((stopped / 'records.json').read_text())['ct'][-1] == {'id': 'new'}
 
 
 def test_a_checkpoint_says_whose_it_is_even_without_the_config_beside_it(stopped):

@@ -9,7 +9,7 @@ import tempfile
 
 from etils import epath
 
-from unimiss_jax.cli.arguments import Parser, fail
+from data_pipelines.command import Parser, fail
 
 FORMATS = ('safetensors', 'pth', 'stablehlo')
 PARTS = ('encoder', 'decoder', 'head')

@@ -1,0 +1,150 @@
+"""Record sources over prepared shards, and the mixture of several sources; see sources.py for what a record is."""
+import functools
+import hashlib
+import json
+import re
+
+import numpy as np
+
+from data_pipelines import files, manifest, records
+from data_pipelines.errors import DataError
+
+WEIGHT = re.compile(r'@(\d+(?:\.\d+)?)$')      # '/data/a@2'
+
+
+def is_prepared(root: str, kind: str) -> bool:
+  """Whether a folder was made by prepare."""
+  return '*' not in root and (records.folder(root, kind) / 'dataset_info.json').exists()
+
+
+def weights(spec: str) -> dict[str, float]:
+  """'/a@2,/b' -> {'/a': 2., '/b': 1.}: how often a record of each comes for one of the others'."""
+  out = {}
+  for part in (p.strip() for p in spec.split(',') if p.strip()):
+    found = WEIGHT.search(part)
+    out[WEIGHT.sub('', part)] = float(found[1]) if found else 1.
+  if bad := [p for p, w in out.items() if w <= 0]:
+    raise DataError('WEIGHT', bad[0], 'weight 0', 'leave it out, or give it a positive weight')
+  return out
+
+
+class _Prepared:
+  """Records of one kind and split; one that cannot be read is replaced by the next good one."""
+  kind = leaf = ''
+
+  def __init__(self, root: str, *, split='train', on_bad_file='skip'):
+    self.root, self.split, self.on_bad_file = root, split, on_bad_file
+    self.shards = records.Shards(root, self.kind, split)
+    self.failed = {}
+    files.say(f'{self.leaf}: {len(self.shards)} records of {len(self.shards.lengths)} shards in {root} ({split})')
+    if not len(self.shards):
+      raise DataError('SPLIT_EMPTY', root, f'no records of {self.kind} in split {split}',
+                      'prepare it with such a split')
+
+  def __len__(self):
+    return len(self.shards)
+
+  @functools.cached_property
+  def digest(self) -> str:
+    """Of the manifest that lies beside the shards."""
+    about = manifest.meta(self.root)
+    if 'hash' not in about:
+      raise DataError('SHARDS', self.root, 'no manifest beside the shards', 'run prepare --merge')
+    return f'{about["hash"]} {self.kind} {self.split}'
+
+  def listing(self) -> list[dict]:
+    """Its rows of the manifest, as far as they make its hash."""
+    rows = manifest.usable(manifest.read(self.root, labelled=False))
+    return [{k: r[k] for k in ('id', 'sha', 'status', 'split') if k in r} for r in rows if 'record' in r
+            and r['record'][0].startswith(f'{self.kind}-{self.split}.')]
+
+  def __getitem__(self, i: int) -> dict:
+    for shift in range(len(self)):
+      at = (i + shift) % len(self)
+      if at not in self.failed:
+        try:
+          return self.read(at) | {'index': i, 'bad': shift > 0}
+        except DataError as e:
+          if self.failed.setdefault(at, e) is e and self.on_bad_file == 'skip':
+            files.warn(e, 'replaced by the next good record')
+      if self.on_bad_file == 'stop':
+        raise self.failed[at]
+    raise DataError('SHARDS', self.root, 'not one record can be read any more', 'check the disk, then start again')
+
+  def labels(self, i: int) -> dict:
+    """{finding: 0 or 1} of record i."""
+    return json.loads(self.shards[i]['label'])
+
+
+class PreparedCT(_Prepared):
+  """Tiles of a prepared folder.
+
+  Args:
+    root: the folder that prepare made.
+    split: 'train', 'val' or 'test'.
+    whole: records carry the reduced copy of their volume.
+    on_bad_file: 'skip' or 'stop', as CTFolder's.
+  """
+  kind, leaf = 'ct', 'data.ct'
+
+  def __init__(self, root, *, split='train', whole=False, on_bad_file='skip'):
+    super().__init__(root, split=split, on_bad_file=on_bad_file)
+    self.wholes = records.Shards(root, 'whole', split) if whole else None
+
+  def read(self, i: int) -> dict:
+    found = self.shards[i]
+    record = {'volume': found['volume'], 'spacing_mm': _mm(found), 'group': _number(found['group']),
+              'name': found['id']}
+    if self.wholes:
+      whole = self.wholes.at(self.shards.place(i)[0], int(found['whole']))
+      record |= {'whole': whole['volume'], 'whole_spacing_mm': _mm(whole)}
+    return record
+
+
+class PreparedXray(_Prepared):
+  """Radiographs of a prepared folder. Arguments as PreparedCT's."""
+  kind, leaf = 'xray', 'data.xray'
+
+  def read(self, i: int) -> dict:
+    found = self.shards[i]
+    image = found['image'] if found['bits'] == 16 else (found['image'] // records.SCALE_8BIT).astype(np.uint8)
+    return {'image': image, 'group': _number(found['group']), 'name': found['id']}
+
+
+class Mixture:
+  """Several sources as one; a record of source k comes weights[k] times in a pass, or once more where that is a
+  fraction. The smallest weight counts as one. Records keep names of their own; `index` counts through all sources.
+  """
+
+  def __init__(self, parts: list, factors: list[float]):
+    self.parts = parts
+    least = min(factors)
+    self._times = [round(len(p) * f / least) for p, f in zip(parts, factors)]
+    self._ends = np.cumsum(self._times).tolist()
+    self._first = np.cumsum([0, *map(len, parts)]).tolist()
+
+  def __len__(self):
+    return self._ends[-1]
+
+  @property
+  def digest(self) -> str:
+    text = '\n'.join(f'{p.digest} {n}' for p, n in zip(self.parts, self._times))
+    return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
+
+  def listing(self) -> list[dict]:
+    return [row | {'id': f'{k} {row["id"]}'} for k, p in enumerate(self.parts) for row in p.listing()]
+
+  def __getitem__(self, i: int) -> dict:
+    k = int(np.searchsorted(self._ends, i, side='right'))
+    j = (i - (self._ends[k] - self._times[k])) % len(self.parts[k])
+    record = self.parts[k][j]
+    return record | {'index': self._first[k] + record['index'], 'group': _number(f'{k} {record["group"]}')}
+
+
+def _mm(record) -> tuple[float, float, float]:
+  return tuple(float(s) for s in record['spacing_mm'])
+
+
+def _number(group: str) -> int:
+  """A patient's name as int32."""
+  return int.from_bytes(hashlib.blake2b(str(group).encode(), digest_size=4).digest(), 'big') >> 1
