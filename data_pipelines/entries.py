@@ -27,12 +27,14 @@ class Options:
     subject_from: 'file' (each its own), 'folder' (the name of the folder that holds it), or a regular expression
       with one group, searched in the path below the root. A subject that the source names comes first.
     labels: columns of a CSV that are findings; None: all that hold only 0 and 1.
+    lost: whether files that are not there keep their rows.
   """
   root: str | None = None
   dataset: str | None = None
   kind: str | None = None
   subject_from: str = 'file'
   labels: tuple[str, ...] | None = None
+  lost: bool = False
 
 
 DEFAULT = Options()
@@ -82,7 +84,8 @@ def rows(source, entries, folder: str, options: Options, name=None) -> list[dict
   root = files.absolute(options.root) if options.root is not None else _root(entries, folder)
   dataset = options.dataset or (name if isinstance(name, str) and name else os.path.basename(folder)) or 'data'
   dataset = ''.join(c if c.isprintable() and c != '/' else '_' for c in dataset)
-  there, subject, out, seen, lost = _there(root), _subject(options.subject_from, source), [], {}, []
+  there = (lambda path: True) if options.lost else _there(root)
+  subject, out, seen, lost = _subject(options.subject_from, source), [], {}, []
   for where, path, more in entries:
     where, more = f'{source} {where}', dict(more)
     file, below = _locate(path, root, where)

@@ -39,6 +39,16 @@ def read_bytes(path) -> bytes:
   return data
 
 
+def write_text(path, text: str) -> None:
+  """Writes a file, and its folder where that is not there. Raises DataError WRITE."""
+  try:
+    path = epath.Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text)
+  except Exception as e:    # every storage backend has its own
+    raise DataError('WRITE', path, f'{type(e).__name__}: {e}', 'check path, space and permissions') from e
+
+
 def expand(spec: str) -> list[str]:
   """All files below folders (recursively) or matching glob patterns (`**` = any depth), sorted; no hidden ones.
 
@@ -146,3 +156,8 @@ class Progress:
       rate = self.done / (now - self.began)
       line = f'{self.what}: {self.done}/{self.total}, {rate:.1f}/s, {(self.total - self.done) / rate:.0f} s left'
       print(line, end='\r' if sys.stderr.isatty() else '\n', file=sys.stderr, flush=True)
+
+  def end(self) -> None:
+    """Clears the line that changes, before others are printed."""
+    if self.shown != self.began and sys.stderr.isatty():
+      print('\x1b[2K', end='\r', file=sys.stderr, flush=True)

@@ -41,10 +41,11 @@ def rows(path, format: str = 'auto', **options) -> list[dict]:
     raise fault(path, f'format is {format!r}', f'choose auto or one of {", ".join(FORMATS)}')
   if options.kind not in (None, 'volume', 'image'):
     raise fault(path, f'kind is {options.kind!r}', 'choose volume or image')
-  return FORMATS[_format(path) if format == 'auto' else format](path, options)
+  return FORMATS[detect(path) if format == 'auto' else format](path, options)
 
 
-def _format(path: str) -> str:
+def detect(path: str) -> str:
+  """Which of FORMATS lies at a path."""
   suffix = os.path.splitext(path)[1].lower()
   by_name = {'.csv': 'csv', '.tsv': 'csv', '.jsonl': 'manifest', '.txt': 'paths', '.lst': 'paths'}
   if '*' in path or ',' in path and not epath.Path(path).exists():
@@ -54,7 +55,7 @@ def _format(path: str) -> str:
     if manifest.NAME in inside:
       return 'manifest'
     if 'dataset.json' in inside:
-      return _format(os.path.join(path, 'dataset.json'))
+      return detect(os.path.join(path, 'dataset.json'))
     return 'bids' if 'dataset_description.json' in inside or any(n.startswith('sub-') for n in inside) else 'tree'
   if suffix == '.json':
     data = entries.load(path)
@@ -73,6 +74,11 @@ def tree(path, options: Options = DEFAULT) -> list[dict]:
     empty = empty or readers.empty(path, kind, found, 'the import')
   if not listed:
     raise empty
+  return of_files(path, listed, options)
+
+
+def of_files(path, listed: list[Entry], options: Options = DEFAULT) -> list[dict]:
+  """Rows of the files that were found in a folder or by a pattern; their paths are absolute."""
   common = '/'.join(os.path.commonprefix([e.path.split('/')[:-1] for e in listed])) or '/'
   whole = '*' not in str(path) and epath.Path(path).is_dir()
   return entries.rows(path, listed, files.absolute(path) if whole else common, options)

@@ -142,13 +142,14 @@ def usable(rows) -> list[dict]:
 
 # ---- reading
 
-def read(path, *, labelled: bool = True, root=None) -> list[dict]:
+def read(path, *, labelled: bool = True, root=None, torn: bool = False) -> list[dict]:
   """All rows, with `path` and `mask` ready to open, and `group`, `status` and `label` filled in (see `check`).
 
   Args:
     path: the .jsonl file, or a folder with manifest.jsonl.
     labelled: for evaluation: every row (that is not excluded) must have a split and a label.
     root: of relative paths, instead of what the meta file says.
+    torn: let a group be in two splits, for who wants to say so himself.
 
   Raises:
     DataError: MANIFEST (line, found, expected), LEAK (a group in two splits), UNREADABLE, ZERO_BYTES.
@@ -168,7 +169,7 @@ def read(path, *, labelled: bool = True, root=None) -> list[dict]:
     row.setdefault('group', subject(row))
     if row['status'] != 'excluded' and 'split' in row:
       first = splits.setdefault(row['group'], row['split'])
-      if first != row['split']:
+      if first != row['split'] and not torn:
         raise DataError('LEAK', path, f'group {row["group"]}: {first} and {row["split"]}',
                         'put all rows of a group in one split')
     rows.append(row | {k: _join(root, row[k]) for k in ('path', 'mask') if k in row})

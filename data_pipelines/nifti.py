@@ -272,8 +272,9 @@ def _affine(header, path: str, warn) -> np.ndarray:
   affine = affine * np.array([[UNIT_MM.get(unit, 1.)]] * 3 + [[1.]])
   size = np.linalg.norm(affine[:3, :3], axis=0)
   if not (np.isfinite(affine).all() and size.min() > 1e-6):
-    raise DataError('SPACING', path, f'voxel size {" x ".join(f"{s:.2f}" for s in size)} mm',
-                    'correct the affine in the header')
+    flat = size[2] < 1e-6 < size[:2].min()
+    raise DataError('SPACING', path, f'slice distance {size[2]:.2f} mm' if flat else
+                    f'voxel size {" x ".join(f"{s:.2f}" for s in size)} mm', 'correct the affine in the header')
   if abs(np.linalg.det(affine[:3, :3] / size)) < 1e-2:
     raise DataError('SHEAR', path, 'two array axes point the same way', 'correct the affine in the header')
   return affine

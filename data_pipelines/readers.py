@@ -41,42 +41,49 @@ class Found(NamedTuple):
   faults: list[DataError]     # what looks like a sample and cannot be read
 
 
-def discover(spec: str, kind: str, format: str = 'auto') -> Found:
+def discover(spec: str, kind: str | None, format: str = 'auto') -> Found:
   """All samples below folders (recursively) or matching glob patterns (`**` = any depth); hidden files are left out.
 
   Of files that names do not tell, the first 512 bytes are read; of DICOM files, the header.
 
   Args:
     spec: folders, patterns or files, separated by commas; local or with a scheme (gs://).
-    kind: 'volume' or 'image'.
+    kind: 'volume', 'image', or None for both.
     format: 'auto', or the only one that is looked for; 'dicom' also asks files whose names tell another format.
   """
-  _known(kind, format)
+  for known in (kind,) if kind else BY_NAME:
+    _known(known, format)
   others, pairs, unnamed = collections.Counter(), {}, []
+  kind_of = {format: known for known, format in BY_NAME.items() if kind in (None, known)}
   for path in files.expand(spec):
     suffix, owner = _by_name(path)
     if format == 'dicom' or not owner:
       unnamed.append(path)
-    elif owner != BY_NAME[kind] or format not in ('auto', owner):
+    elif owner not in kind_of or format not in ('auto', owner):
       others[_end(path)] += 1
     elif suffix[:4] in ('.hdr', '.img'):    # 'x.hdr' sorts before 'x.img'
       pairs.setdefault(path[:-len(suffix)] + '.hdr', []).append(path)
     else:
       pairs[path] = [path]
-  items = [Item(parts[0], kind, BY_NAME[kind], tuple(parts)) for parts in pairs.values()]
+  items = []
+  for parts in pairs.values():
+    owner = _by_name(parts[0])[1]
+    items.append(Item(parts[0], kind_of[owner], owner, tuple(parts)))
   asked = unnamed if format in ('auto', 'dicom') else []
   with futures.ThreadPoolExecutor(min(16, os.cpu_count() or 1)) as pool:
-    told = list(pool.map(_is_dicom, asked))
+    told = list(pool.map(is_dicom, asked))
   listing = dicom.series([path for path, yes in zip(asked, told) if yes])
   others.update(_end(path) for path, yes in zip(asked, told) if not yes)
   others.update(_end(path) for path in unnamed[len(asked):])
   others.update(listing.others)
-  if kind == 'volume':
-    items += [Item(s.path, kind, 'dicom', s.files) for s in listing.series]
-    others['DICOM radiograph'] += len(listing.radiographs)
+  if kind != 'image':
+    items += [Item(s.path, 'volume', 'dicom', s.files) for s in listing.series]
   else:
-    items += [Item(path, kind, 'dicom', (path,)) for path in listing.radiographs]
     others['DICOM slice'] += sum(len(s.files) for s in listing.series)
+  if kind != 'volume':
+    items += [Item(path, 'image', 'dicom', (path,)) for path in listing.radiographs]
+  else:
+    others['DICOM radiograph'] += len(listing.radiographs)
   return Found(sorted(items), ', '.join(f'{n} {name}' for name, n in sorted(others.items()) if n), listing.faults)
 
 
@@ -93,7 +100,7 @@ def item(path, kind: str, format: str = 'auto') -> Item:
     return _series_in(folder, kind, uid)
   if format in ('nifti', 'image') or (format == 'auto' and _by_name(path)[1]):
     return Item(path, kind, BY_NAME[kind], nifti.parts(path) if kind == 'volume' else (path,))
-  if format == 'dicom' or _is_dicom(path):
+  if format == 'dicom' or is_dicom(path):
     return _series_in(path, kind) if epath.Path(path).is_dir() else Item(path, kind, 'dicom', (path,))
   if epath.Path(path).is_dir():
     return _series_in(path, kind)
@@ -157,7 +164,8 @@ def _end(path: str) -> str:
   return '*' + os.path.splitext(path)[1].lower()
 
 
-def _is_dicom(path: str) -> bool:
+def is_dicom(path: str) -> bool:
+  """Whether the first bytes of a file are DICOM's."""
   try:
     with epath.Path(path).open('rb') if '://' in path else open(path, 'rb') as f:
       return dicom_file.looks(f.read(dicom_file.START))
@@ -168,7 +176,7 @@ def _is_dicom(path: str) -> bool:
 def _series_in(folder: str, kind: str, uid: str | None = None) -> Item:
   if kind != 'volume':
     raise DataError('NOT_IMAGE', folder, 'is a folder', 'name one picture')
-  listing = dicom.series([p for p in files.expand(folder) if not _by_name(p)[1] and _is_dicom(p)])
+  listing = dicom.series([p for p in files.expand(folder) if not _by_name(p)[1] and is_dicom(p)])
   chosen = [s for s in listing.series if uid is None or s.uid == uid]
   path = folder if uid is None else f'{folder}::{uid}'
   if len(chosen) > 1:    # a copy in a folder below has a path of its own

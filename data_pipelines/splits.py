@@ -119,7 +119,7 @@ def assign(rows, fractions=(.8, .1, .1), seed: int = 0, override=None, keep: boo
   Raises:
     DataError: LEAK (the group), SPLIT_EMPTY (what was excluded), SPLIT (fractions), IMPORT (the override).
   """
-  shares = _shares(fractions)
+  shares = checked(fractions)
   rows = [r | {'group': r.get('group') or manifest.subject(r)} for r in rows]
   if not keep:
     rows = [{k: v for k, v in r.items() if k != 'split'} for r in rows]
@@ -133,7 +133,8 @@ def assign(rows, fractions=(.8, .1, .1), seed: int = 0, override=None, keep: boo
   return rows
 
 
-def _shares(fractions) -> list[float]:
+def checked(fractions) -> list[float]:
+  """The shares of train, val and test as numbers. Raises DataError SPLIT."""
   try:
     shares = [float(f) for f in fractions]
   except (TypeError, ValueError):

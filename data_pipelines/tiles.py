@@ -1,23 +1,19 @@
 """A CT scan -> clipped HU, judged fit for training -> overlapping tiles of 24 slices.
 
 The tiling (24 slices, stride 12, last tile shifted back, central 80 % of wide planes) is that of the released
-code. Clipping to [-1024, 3071], the refusals and the reduced copy of the whole scan are chosen by us.
+code. Clipping to [-1024, 3071] and the reduced copy of the whole scan are chosen by us.
 """
 from typing import NamedTuple
 
 import numpy as np
 
-from data_pipelines import readers
-from data_pipelines.errors import DataError
+from data_pipelines import judgement, readers
+from data_pipelines.judgement import HU_RANGE
 from data_pipelines.volume import Volume
 from unimiss_jax.views import matrices
 
 TILE = 24                         # slices; the stride is half of it
 WIDE = 320                        # voxels
-LEAST = 16                        # voxels per axis
-HU_RANGE = (-1024, 3071)
-OBLIQUE_DEG = 20.
-SLICE_MM, PIXEL_MM = 10., 3.      # refused above, warned above
 WHOLE_MM, WHOLE_BYTES = 3., 4 << 20
 
 
@@ -69,42 +65,13 @@ def judge(volume: Volume, path, modality: str = 'ct') -> list[str]:
   """Whether a readable volume can be trained on; returns warnings.
 
   Raises:
-    DataError: CONSTANT NONFINITE TOO_SMALL OBLIQUE SPACING; with modality 'ct' HU_UNCALIBRATED HU_INTERCEPT.
+    DataError: the first error of judgement.fit.
   """
-  meta, size = volume.meta, volume.array.size
-  low, high = meta['range']
-  refuse = lambda code, reason, remedy: DataError(code, path, reason, remedy)
-  if low == high:
-    raise refuse('CONSTANT', f'every voxel is {low:g}', 'export it again or remove it')
-  if meta['nonfinite'] > 0.01 * size:
-    raise refuse('NONFINITE', f"{100 * meta['nonfinite'] / size:.1f} % of the voxels are not finite, at most 1 %",
-                 'export it again or remove it')
-  shape = meta.get('shape_canon', volume.array.shape)    # straightening adds slices, but nothing to see in them
-  if min(shape) < LEAST:
-    shape = ' x '.join(map(str, shape))
-    raise refuse('TOO_SMALL', f'{shape} voxels (S x A x R), need >= {LEAST} per axis', 'remove it')
-  if meta['oblique_deg'] > OBLIQUE_DEG:
-    raise refuse('OBLIQUE', f"axes {meta['oblique_deg']:.1f} deg from the patient axes, at most {OBLIQUE_DEG:g}",
-                 'export the axial series')
-  if max(volume.spacing_mm) > SLICE_MM:
-    raise refuse('SPACING', f'voxels of {max(volume.spacing_mm):.2f} mm, at most {SLICE_MM:g}',
-                 'correct the affine in the header, or use thinner slices')
-  warnings = []
-  if max(volume.spacing_mm[1:]) > PIXEL_MM * 1.001:
-    warnings.append(f'WARN SPACING {path}: pixels of {max(volume.spacing_mm[1:]):.2f} mm')
-  if modality != 'ct':
-    return warnings
-  if low >= 0 and 1000 < high <= 4095:
-    raise refuse('HU_INTERCEPT', f'values {low:g} ... {high:g}, no negatives: looks like stored numbers without '
-                 'intercept -1024', 'subtract 1024, or set scl_inter')
-  if low >= -200 or (high <= 300 and meta['dtype'] in ('uint8', 'int8')):
-    raise refuse('HU_UNCALIBRATED', f'values {low:g} ... {high:g}, no air; not HU',
-                 'rescale it to HU, or take the file out')
-  padding = float((volume.array < HU_RANGE[0]).mean())
-  if padding > 1e-3:
-    warnings.append(f'WARN HU_PADDING {path}: {100 * padding:.1f} % of voxels below {HU_RANGE[0]} (minimum {low:g}): '
-                    'scanner padding, clipped')
-  return warnings
+  findings = judgement.fit(volume, path, modality)
+  for finding in findings:
+    if finding.severity == 'ERROR':
+      raise finding.error
+  return [finding.line for finding in findings]
 
 
 def starts(depth: int, tile: int = TILE) -> list[int]:

@@ -13,7 +13,8 @@ LAYERS = (          # a room may import rooms of its own layer and of those befo
     {'train'},
     {'cli', 'main'},
 )
-NEVER_AT_MODULE_LEVEL = {'torch', 'tensorflow', 'pydicom', 'jinja2', 'matplotlib', 'tokenizers', 'wandb', 'isal'}
+NEVER_AT_MODULE_LEVEL = {'torch', 'tensorflow', 'pydicom', 'jinja2', 'matplotlib', 'tokenizers', 'wandb', 'isal',
+                         'apache_beam'}
 OF_DATA = {'numpy', 'scipy', 'grain', 'nibabel', 'PIL', 'array_record', 'tensorflow_datasets', 'etils', 'fsspec',
            'unimiss_jax', 'data_pipelines'} | set(sys.stdlib_module_names)
 

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from data_pipelines import manifest, prepare, prepared, records, sources, tiles
+from data_pipelines import manifest, preparation, prepare, prepared, records, sources, tiles
 from data_pipelines.errors import DataError
 from tests.conftest import ROOT
 
@@ -162,7 +162,25 @@ def test_one_shard_a_machine_and_a_merge(out, folder, tmp_path, capsys):
   assert run(folder, p, '--workers=0', '--shard_index=1') == 0 and prepare.main([f'--out={p}', '--merge']) == 0
   assert contents(p) == contents(out)
   with pytest.raises(DataError, match='no plan.json there'):
-    prepare.merge(tmp_path)
+    preparation.merge(tmp_path)
+
+
+def test_beam_makes_the_same_bytes(out, folder, tmp_path):
+  """Two runners of its own: in this process, and in two worker processes."""
+  pytest.importorskip('apache_beam')
+  assert run(folder, tmp_path / 'a', '--engine=beam') == 0
+  assert contents(tmp_path / 'a') == contents(out)
+  options = '--runner=DirectRunner --direct_num_workers=2 --direct_running_mode=multi_processing'
+  command = [sys.executable, '-m', 'data_pipelines.prepare', str(folder), f'--out={tmp_path / "b"}', SHARDS,
+             '--engine=beam', f'--beam_options={options}']
+  subprocess.run(command, cwd=ROOT, check=True)
+  assert contents(tmp_path / 'b') == contents(out)
+
+
+def test_beam_that_is_not_installed(folder, tmp_path, monkeypatch, capsys):
+  monkeypatch.setitem(sys.modules, 'apache_beam', None)
+  assert run(folder, tmp_path / 'p', '--engine=beam') == 1
+  assert 'ERROR BEAM' in (told := capsys.readouterr().err) and 'pip install "unimiss_jax[beam]"' in told
 
 
 def killed(folder, p, times):
@@ -212,7 +230,7 @@ def test_a_full_disk_leaves_what_can_go_on(out, folder, tmp_path, monkeypatch, c
 
 
 def test_finished_shards_are_not_made_again(out, folder, monkeypatch):
-  monkeypatch.setattr(prepare, 'make_shard', None)
+  monkeypatch.setattr(preparation, 'make_shard', None)
   assert run(folder, out, '--workers=0') == 0
 
 
