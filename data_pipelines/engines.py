@@ -3,6 +3,7 @@ import concurrent.futures
 import contextlib
 import multiprocessing
 import threading
+from concurrent.futures.process import BrokenProcessPool
 
 from data_pipelines import files, preparation
 from data_pipelines.errors import DataError
@@ -36,7 +37,7 @@ def pool(out, jobs: dict, config, workers: int) -> None:
   files.say(f'{out}: {len(jobs)} shards to make from {total} files, {max(1, workers)} workers')
   context = multiprocessing.get_context('spawn')
   count = context.Value('q', 0)
-  with _watched(count, total), _writing(out):
+  with _watched(count, total), writing(out):
     if not workers:
       for unit, rows in jobs.items():
         preparation.make_shard(out, unit, rows, config, count)
@@ -71,16 +72,16 @@ def beam(out, jobs: dict, config, options=()) -> None:
   files.say(f'{out}: {len(jobs)} shards to make from {sum(map(len, jobs.values()))} files, Apache Beam '
             f'{apache_beam.__version__}')
   work = [(str(out), unit, rows, config) for unit, rows in sorted(jobs.items())]
-  with _writing(out), apache_beam.Pipeline(options=PipelineOptions(list(options) or ['--runner=DirectRunner'])) as p:
+  with writing(out), apache_beam.Pipeline(options=PipelineOptions(list(options) or ['--runner=DirectRunner'])) as p:
     _ = p | apache_beam.Create(work) | apache_beam.Reshuffle() | apache_beam.MapTuple(preparation.make_shard)
 
 
 @contextlib.contextmanager
-def _writing(out):
+def writing(out):
   """Whatever goes wrong becomes a DataError."""
   try:
     yield
-  except concurrent.futures.process.BrokenProcessPool as e:
+  except BrokenProcessPool as e:
     raise DataError('WORKER', out, 'a worker process was killed (memory?)',
                     'use fewer --workers; the same command goes on with what is left') from e
   except DataError:

@@ -4,9 +4,11 @@ The shard of a record depends on the id of its volume alone, and a shard is made
 So any number of workers or machines, and any number of kills and restarts, gives the same bytes: what is finished
 stands in a journal and is not done again.
 """
+import collections
 import contextlib
 import hashlib
 import json
+import pathlib
 from typing import NamedTuple
 
 import numpy as np
@@ -18,6 +20,7 @@ from data_pipelines.errors import DataError
 SHARD_BYTES = 256 << 20
 EXPANSION = 3.      # bytes of records per byte of .nii.gz, roughly: tiles overlap by half
 PLAN, JOURNAL = 'plan.json', 'journal'
+KINDS = {'volume': 'ct', 'image': 'xray'}      # kind of a row -> kind of its records
 
 
 class Config(NamedTuple):
@@ -54,17 +57,18 @@ def shard_of(volume_id: str, shards: int) -> int:
 
 # ---- one file: pure
 
-def ct_records(row: dict, config: Config) -> tuple[dict, list[dict], list[str]]:
-  """A volume of the manifest -> (record of 'whole', records of 'ct', findings).
+def ct_records(row: dict, item: readers.Item, config: Config) -> tuple[dict, list[dict], tiles.Scan]:
+  """A volume of the manifest -> (record of 'whole', records of 'ct', the scan).
 
   Args:
-    row: of the manifest; reads path, id, group, label.
+    row: of the manifest; reads id, group, label.
+    item: its files.
     config: see Config.
 
   Raises:
     DataError: the file cannot be used.
   """
-  scan = tiles.read(row['path'], config.modality, True, config.spacing_mm, config.tile)
+  scan = tiles.read(item, config.modality, True, config.spacing_mm, config.tile)
   common = {'group': row['group'], 'label': json.dumps(row.get('label') or {}, sort_keys=True)}
   whole = common | {'id': row['id'], 'volume': scan.whole, 'spacing_mm': np.float32(scan.whole_spacing_mm)}
   cuts = []
@@ -72,12 +76,12 @@ def ct_records(row: dict, config: Config) -> tuple[dict, list[dict], list[str]]:
     tile = tiles.cut(scan, z0, config.tile)
     cuts.append(common | {'id': f'{row["id"]} z{z0}', 'volume_id': row['id'], 'z0': z0, 'volume': tile['volume'],
                           'spacing_mm': np.float32(tile['spacing_mm'])})
-  return whole, cuts, scan.warnings
+  return whole, cuts, scan
 
 
-def xray_record(row: dict) -> tuple[dict, list[str]]:
+def xray_record(row: dict, item: readers.Item) -> tuple[dict, list[str]]:
   """A picture of the manifest -> (record of 'xray', findings). Raises DataError."""
-  found = readers.image(readers.item(row['path'], 'image'))
+  found = readers.image(item)
   deep = found.array.dtype == np.uint16
   image = found.array if deep else found.array.astype(np.uint16) * records.SCALE_8BIT
   return {'id': row['id'], 'group': row['group'], 'label': json.dumps(row.get('label') or {}, sort_keys=True),
@@ -102,23 +106,21 @@ def make_shard(out: str, unit: Unit, rows: list[dict], config: Config, count=Non
                                config.compress) for k in kinds}
   for row in rows:
     try:
-      row = row | {'sha': row.get('sha') or files.sha(readers.item(row['path'], row['kind']).files)}
-      if unit.kind == 'ct':
-        whole, cuts, warnings = ct_records(row, config)
-        made = [_row(row, cut, 'subvolume', warnings) for cut in cuts]
-        for cut, entry in zip(cuts, made):
-          place[entry['id']] = writers['ct'].count
-          writers['ct'].write(cut | {'whole': writers['whole'].count})
-        writers['whole'].write(whole)
-      else:
-        record, warnings = xray_record(row)
-        made = [_row(row, record, 'image', warnings)]
-        place[row['id']] = writers['xray'].count
-        writers['xray'].write(record)
-    except DataError as e:
+      item = readers.item(row['path'], row['kind'])
+      row = row | {'sha': row.get('sha') or files.sha(item.files)}
+      made = _records(row, item, unit.kind, config)
+    except Exception as e:      # one file must not end the work of days
+      e = e if isinstance(e, DataError) else DataError('READER', row['path'], f'{type(e).__name__}: {e}', 'report it')
       files.warn(e, 'left out')
-      made = [row | {'status': 'excluded', 'findings': [e.code], 'reason': f'{e.reason}. FIX: {e.remedy}'}]
-    done += made
+      done.append(row | {'status': 'excluded', 'findings': [e.code], 'reason': f'{e.reason}. FIX: {e.remedy}'})
+      made = []
+    for kind, record, entry in made:
+      if entry:
+        place[entry['id']] = writers[kind].count
+        done.append(entry)
+      if kind == 'ct':
+        record['whole'] = writers['whole'].count
+      writers[kind].write(record)
     if count is not None:
       with count.get_lock():
         count.value += 1
@@ -130,26 +132,34 @@ def make_shard(out: str, unit: Unit, rows: list[dict], config: Config, count=Non
   _write(epath.Path(out) / JOURNAL / f'{unit.name}.json', {'written': written, 'rows': done})
 
 
+def _records(row, item, kind, config) -> list:
+  """(kind, record, its row of the manifest or None) in the order of writing; a volume's reduced copy comes last."""
+  if kind == 'xray':
+    record, warnings = xray_record(row, item)
+    return [('xray', record, _row(row, record, 'image', warnings) | {'shape': list(record['image'].shape)})]
+  whole, cuts, scan = ct_records(row, item, config)
+  out = []
+  for cut in cuts:
+    low = [cut['z0'] + scan.corner[0], *scan.corner[1:]]
+    shape = cut['volume'].shape
+    out.append(('ct', cut, _row(row, cut, 'subvolume', scan.warnings) | {
+        'volume_id': row['id'], 'z0': cut['z0'], 'shape': list(shape), 'spacing': [float(s) for s in cut['spacing_mm']],
+        'crop_box': [*low, *(a + n for a, n in zip(low, shape))],      # in voxels of the whole scan at this spacing
+        'z_offset_mm': float(low[0] * cut['spacing_mm'][0])}))
+  return [*out, ('whole', whole, None)]
+
+
 def _row(row: dict, record: dict, kind: str, warnings: list[str]) -> dict:
-  """The manifest row of a record."""
-  made = row | {'id': record['id'], 'kind': kind, 'status': 'warn' if warnings else row.get('status', 'ok'),
+  return row | {'id': record['id'], 'kind': kind, 'status': 'warn' if warnings else row.get('status', 'ok'),
                 'findings': sorted({*row.get('findings', ()), *(w.split()[1] for w in warnings)})}
-  if kind == 'subvolume':
-    made |= {'volume_id': row['id'], 'z0': record['z0'], 'shape': list(record['volume'].shape),
-             'spacing': [float(s) for s in record['spacing_mm']],
-             'z_offset_mm': float(record['z0'] * record['spacing_mm'][0])}
-  else:
-    made |= {'shape': list(record['image'].shape)}
-  return made
 
 
 def _write(path, tree) -> None:
-  """JSON, complete or not at all."""
+  """JSON, complete or not at all, and on the disk when this returns."""
   path.parent.mkdir(parents=True, exist_ok=True)
-  part = path.with_name(f'{path.name}.part')
+  part = records.part(path)
   part.write_text(json.dumps(tree, sort_keys=True))
-  with contextlib.suppress(FileNotFoundError):      # of the plan, which several machines may write: it is there
-    part.replace(path)
+  records.put(part, path)
 
 
 # ---- all shards
@@ -164,35 +174,55 @@ def plan(rows: list[dict], out, config: Config, shards: int = 0) -> dict:
     shards: of the training split of each kind; 0 = about 256 MB each.
 
   Returns:
-    {'config', 'digest', 'shards': {kind: {split: n}}, 'rows'}.
+    {'config', 'digest', 'shards': {kind: {split: n}}, 'asked', 'rows'}.
 
   Raises:
     DataError: PLAN, if the folder was begun with another config, other files or another number of shards.
   """
-  rows = sorted(rows, key=lambda r: r['id'])
-  made = {'config': config._asdict() | {'spacing_mm': list(config.spacing_mm)}, 'digest': manifest.digest(rows),
-          'shards': {}, 'rows': rows}
-  for kind, sort in (('ct', 'volume'), ('xray', 'image')):
-    mine = [r for r in manifest.usable(rows) if r['kind'] == sort]
-    counts = {s: n for s in records.SPLITS if (n := sum(r['split'] == s for r in mine))}
-    if mine:
-      most = max(counts.values())
-      needed = shards or EXPANSION * sum(_size(r['path']) for r in mine) / SHARD_BYTES * most / len(mine)
-      made['shards'][kind] = {s: max(1, round(needed * n / most)) for s, n in counts.items()}
-  if not made['shards']:
+  other = collections.Counter(r['kind'] for r in rows if r['kind'] not in KINDS)
+  if other:
+    files.say(f'{out}: {", ".join(f"{n} rows of kind {k}" for k, n in other.items())} are not prepared')
+  rows = sorted(({'bytes': _size(r['path'])} | r for r in rows if r['kind'] in KINDS), key=lambda r: r['id'])
+  if twice := next((a['id'] for a, b in zip(rows, rows[1:]) if a['id'] == b['id']), None):
+    raise DataError('PLAN', out, f'two files are called {twice}', 'prepare each source with a --dataset of its own')
+  counts = {kind: {s: n for s in records.SPLITS if (n := sum(r['split'] == s for r in manifest.usable(rows)
+                                                             if r['kind'] == sort))} for sort, kind in KINDS.items()}
+  counts = {kind: splits for kind, splits in counts.items() if splits}
+  if not counts:
     raise DataError('EMPTY_DIR', out, 'every file is excluded', 'see what the doctor says of them')
-  file = epath.Path(out) / PLAN
-  if not file.exists():
-    _write(file, made)
-    return made
-  old = json.loads(file.read_text())
-  for what in ('config', 'shards'):
-    if old[what] != made[what]:
-      raise DataError('PLAN', out, f'was begun with other {what}: {old[what]}, now {made[what]}', 'use another --out')
+  made = {'config': config._asdict() | {'spacing_mm': list(config.spacing_mm)}, 'digest': manifest.digest(_seen(rows)),
+          'shards': {}, 'asked': shards, 'rows': rows}
+  for sort, kind in KINDS.items():
+    if kind in counts:
+      most, size = max(counts[kind].values()), sum(r['bytes'] for r in rows if r['kind'] == sort)
+      needed = shards or EXPANSION * size / SHARD_BYTES * most / sum(counts[kind].values())
+      made['shards'][kind] = {s: max(1, round(needed * n / most)) for s, n in counts[kind].items()}
+  if not (epath.Path(out) / PLAN).exists():
+    _write(epath.Path(out) / PLAN, made)
+  old = read_plan(out)      # another machine may have been first
+  for what, theirs, mine in (('config', old['config'], made['config']), ('num_shards', old['asked'], shards)):
+    if theirs != mine:
+      raise DataError('PLAN', out, f'was begun with other {what}: {theirs}, now {mine}', 'use another --out')
   if old['digest'] != made['digest']:
-    raise DataError('PLAN', out, f'was begun with other files: {manifest.changes(old["rows"], rows)}',
+    raise DataError('PLAN', out, f'was begun with other files: {manifest.changes(_seen(old["rows"]), _seen(rows))}',
                     'use another --out')
   return old
+
+
+def read_plan(out) -> dict:
+  """What `plan` wrote. Raises DataError: SHARDS or PLAN."""
+  file = epath.Path(out) / PLAN
+  if not file.exists():
+    raise DataError('SHARDS', out, f'no {PLAN} there', 'run prepare without --merge first')
+  try:
+    return json.loads(file.read_text())
+  except ValueError as e:
+    raise DataError('PLAN', file, f'not JSON ({e})', 'remove the folder and prepare it again') from e
+
+
+def _seen(rows) -> list[dict]:
+  """Rows whose size stands for the content, where nobody has hashed it."""
+  return [r | {'sha': r.get('sha') or f'{r["bytes"]} bytes'} for r in rows]
 
 
 def units(made: dict) -> dict[Unit, list[dict]]:
@@ -200,37 +230,49 @@ def units(made: dict) -> dict[Unit, list[dict]]:
   out = {Unit(kind, split, i, n): [] for kind, counts in made['shards'].items() for split, n in counts.items()
          for i in range(n)}
   for row in manifest.usable(made['rows']):
-    kind = 'ct' if row['kind'] == 'volume' else 'xray'
+    kind = KINDS[row['kind']]
     n = made['shards'][kind][row['split']]
     out[Unit(kind, row['split'], shard_of(row['id'], n), n)].append(row)
   return out
 
 
 def finished(out, unit: Unit) -> dict | None:
-  """The journal's entry of a shard, if its files are there too."""
+  """The journal's entry of a shard, if its files are there with the sizes that it says."""
   try:
     entry = json.loads((epath.Path(out) / JOURNAL / f'{unit.name}.json').read_text())
-    there = all((records.folder(out, k) / records.shard_name(k, unit.split, unit.shard, unit.shards)).exists()
-                for k in entry['written'])
+    there = all(file_of(out, k, unit).stat().length == w['size'] for k, w in entry['written'].items())
     return entry if there else None
   except (OSError, ValueError, KeyError):
     return None
 
 
-def merge(out) -> list[dict]:
+def file_of(out, kind: str, unit: Unit) -> epath.Path:
+  return records.folder(out, kind) / records.shard_name(kind, unit.split, unit.shard, unit.shards)
+
+
+def merge(out, verify: bool = False) -> list[dict]:
   """Checks that every shard is there and writes manifest and data set descriptions; returns the manifest's rows.
 
+  Args:
+    out: the prepared folder.
+    verify: read every record once more and compare the hashes of the shards.
+
   Raises:
-    DataError: SHARDS, naming those that are missing.
+    DataError: SHARDS, naming those that are missing or damaged; SPLIT_EMPTY, if no file could be used.
   """
-  file = epath.Path(out) / PLAN
-  if not file.exists():
-    raise DataError('SHARDS', out, f'no {PLAN} there', 'run prepare without --merge first')
-  made = json.loads(file.read_text())
+  made = read_plan(out)
   entries = {u: finished(out, u) for u in units(made)}
   if lost := [u.name for u, entry in entries.items() if entry is None]:
     raise DataError('SHARDS', out, f'{len(lost)} of {len(entries)} shards are missing: {", ".join(lost[:8])}',
                     'run prepare for them, then --merge again')
+  if verify:
+    progress = files.Progress('verify', len(entries))
+    for unit, entry in entries.items():
+      progress.advance()
+      for kind, written in entry['written'].items():
+        if records.digest(file_of(out, kind, unit), written['records']) != written['hash']:
+          raise DataError('SHARDS', file_of(out, kind, unit), 'its records are not those that were written',
+                          f'remove {JOURNAL}/{unit.name}.json and run prepare again')
   rows = [r for r in made['rows'] if r.get('status') == 'excluded']
   lengths, sizes, hashes = {}, {}, {}
   for unit, entry in entries.items():
@@ -240,14 +282,19 @@ def merge(out) -> list[dict]:
       sizes.setdefault(kind, {}).setdefault(unit.split, 0)
       sizes[kind][unit.split] += written['bytes']
       hashes[records.shard_name(kind, unit.split, unit.shard, unit.shards)] = written['hash']
+  if not manifest.usable(rows):
+    raise DataError('SPLIT_EMPTY', out, f'none of {len(rows)} files could be used',
+                    'see the lines above, or the doctor')
   for kind in lengths:
     records.finish(out, kind, lengths[kind], sizes[kind], f'{kind} of {len(made["rows"])} files')
   manifest.write(out, rows, config=made['config'], shards=hashes)
+  for stale in pathlib.Path(out).rglob('*.part'):      # of processes that were killed
+    stale.unlink(missing_ok=True)
   return sorted(rows, key=lambda r: r['id'])
 
 
 def _size(path) -> int:
-  """Bytes of a file or of all files of a folder; 0 where nothing says it."""
+  """Bytes of a file, or of all files of the folder of a DICOM series; 0 where nothing says it."""
   with contextlib.suppress(OSError, DataError):
     path = epath.Path(str(path).partition('::')[0])
     return sum(epath.Path(f).stat().length for f in files.below(str(path))) if path.is_dir() else path.stat().length

@@ -12,7 +12,7 @@ import collections
 import os
 import sys
 
-from data_pipelines import engines, files, importers, judgement, manifest, preparation, records, splits, tiles
+from data_pipelines import engines, importers, judgement, manifest, preparation, records, splits, tiles
 from data_pipelines.command import Parser, fail
 from data_pipelines.errors import DataError
 
@@ -45,6 +45,10 @@ def main(argv=None) -> int:
   f = p.parse_args(argv)
   if f.merge == bool(f.source):
     p.error('exactly one of SOURCE and --merge is needed')
+  if f.shard_index is not None and (f.merge or not f.num_shards or not 0 <= f.shard_index < f.num_shards):
+    p.error(f'--shard_index={f.shard_index}: with --num_shards, from 0 to one less, and without --merge')
+  if '://' in f.out:
+    p.error(f'--out={f.out}: a local folder, to be copied afterwards')
   if f.tile < 0 or f.tile % 2 or 0 < f.tile < judgement.LEAST:
     p.error(f'--tile={f.tile}: an even number from {judgement.LEAST}, or 0')
   if len(f.spacing) != 3 or min(f.spacing) < 0:
@@ -52,16 +56,18 @@ def main(argv=None) -> int:
   try:
     if not f.merge:
       config = preparation.Config(f.modality, f.spacing, f.tile, f.compress)
-      made = preparation.plan(listed(f), f.out, config, f.num_shards)
-      if f.shard_index is not None and f.shard_index >= max(n for c in made['shards'].values() for n in c.values()):
-        files.say(f'{f.out}: there is no shard {f.shard_index}, nothing to do')
+      rows = listed(f)
+      with engines.writing(f.out):
+        made = preparation.plan(rows, f.out, config, f.num_shards)
       jobs = engines.todo(f.out, made, f.shard_index)
       if jobs and f.engine == 'beam':
         engines.beam(f.out, jobs, config, f.beam_options.split())
       elif jobs:
         engines.pool(f.out, jobs, config, f.workers)
     if f.shard_index is None:
-      print(summary(f.out, preparation.merge(f.out)))
+      with engines.writing(f.out):
+        rows = preparation.merge(f.out, verify=f.merge)
+      print(summary(f.out, rows))
   except DataError as e:
     if f.debug:
       raise

@@ -36,6 +36,9 @@ class _Prepared:
     self.root, self.split, self.on_bad_file = root, split, on_bad_file
     self.shards = records.Shards(root, self.kind, split)
     self.failed = {}
+    self.about = manifest.meta(root)
+    if not isinstance(self.about.get('shards'), dict):
+      raise DataError('SHARDS', root, 'no manifest beside the shards', 'run prepare --merge')
     files.say(f'{self.leaf}: {len(self.shards)} records of {len(self.shards.lengths)} shards in {root} ({split})')
     if not len(self.shards):
       raise DataError('SPLIT_EMPTY', root, f'no records of {self.kind} in split {split}',
@@ -46,11 +49,9 @@ class _Prepared:
 
   @functools.cached_property
   def digest(self) -> str:
-    """Of the manifest that lies beside the shards."""
-    about = manifest.meta(self.root)
-    if 'hash' not in about:
-      raise DataError('SHARDS', self.root, 'no manifest beside the shards', 'run prepare --merge')
-    return f'{about["hash"]} {self.kind} {self.split}'
+    """Of the content and order of all shards of the split: what decides which record an index is."""
+    mine = sorted((k, v) for k, v in self.about['shards'].items() if f'-{self.split}.' in k)
+    return hashlib.blake2b(json.dumps(mine).encode(), digest_size=8).hexdigest()
 
   def listing(self) -> list[dict]:
     """Its rows of the manifest, as far as they make its hash."""
@@ -81,14 +82,19 @@ class PreparedCT(_Prepared):
 
   Args:
     root: the folder that prepare made.
+    modality: of the run; another one is refused.
     split: 'train', 'val' or 'test'.
     whole: records carry the reduced copy of their volume.
     on_bad_file: 'skip' or 'stop', as CTFolder's.
   """
   kind, leaf = 'ct', 'data.ct'
 
-  def __init__(self, root, *, split='train', whole=False, on_bad_file='skip'):
+  def __init__(self, root, *, modality='ct', split='train', whole=False, on_bad_file='skip'):
     super().__init__(root, split=split, on_bad_file=on_bad_file)
+    made_for = self.about.get('config', {}).get('modality', modality)
+    if made_for != modality:
+      raise DataError('MODALITY', root, f'was prepared with --modality={made_for}, the run has data.modality='
+                      f'{modality}', 'prepare it again')
     self.wholes = records.Shards(root, 'whole', split) if whole else None
 
   def read(self, i: int) -> dict:
@@ -122,6 +128,7 @@ class Mixture:
     self._times = [round(len(p) * f / least) for p, f in zip(parts, factors)]
     self._ends = np.cumsum(self._times).tolist()
     self._first = np.cumsum([0, *map(len, parts)]).tolist()
+    self._mixed = [np.random.default_rng(k).permutation(len(p)) for k, p in enumerate(parts)]
 
   def __len__(self):
     return self._ends[-1]
@@ -136,7 +143,9 @@ class Mixture:
 
   def __getitem__(self, i: int) -> dict:
     k = int(np.searchsorted(self._ends, i, side='right'))
-    j = (i - (self._ends[k] - self._times[k])) % len(self.parts[k])
+    turn, j = divmod(i - (self._ends[k] - self._times[k]), len(self.parts[k]))
+    if (turn + 1) * len(self.parts[k]) > self._times[k]:      # a part of a pass: not the first patients once more
+      j = int(self._mixed[k][j])
     record = self.parts[k][j]
     return record | {'index': self._first[k] + record['index'], 'group': _number(f'{k} {record["group"]}')}
 

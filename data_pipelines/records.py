@@ -10,8 +10,11 @@ a compressed tile costs more than training on it, see benchmarks/RESULTS.md).
 import bisect
 import hashlib
 import json
+import math
 import os
+import platform
 import threading
+import time
 import zlib
 
 import numpy as np
@@ -22,6 +25,7 @@ from data_pipelines.errors import DataError
 KINDS = ('ct', 'whole', 'xray')
 SPLITS = ('train', 'val', 'test')
 VERSION = '1.0.0'
+READ, OPEN = 'readahead_buffer_size:0', 64      # options of a reader; how many files are held open
 OPTIONS = {'none': 'group_size:1,uncompressed', 'zstd': 'group_size:1,zstd:3'}
 SCALE_8BIT = 257      # 255 * 257 = 65535: an 8-bit picture as 16 bit, and back, exactly
 
@@ -63,8 +67,8 @@ class Writer:
     from array_record.python import array_record_module
     from tensorflow_datasets.core import example_serializer
     self.path = epath.Path(path)
-    self.part = self.path.with_name(f'{self.path.name}.part')
     self.path.parent.mkdir(parents=True, exist_ok=True)
+    self.part = part(self.path)
     self._features = features(kind)
     self._encode = example_serializer.ExampleSerializer(self._features.get_serialized_info()).get_tf_example
     self._writer = array_record_module.ArrayRecordWriter(os.fspath(self.part), OPTIONS[compress])
@@ -81,8 +85,39 @@ class Writer:
   def close(self) -> dict:
     """Puts the shard in its place: {'records', 'bytes', 'hash'}."""
     self._writer.close()
-    self.part.replace(self.path)
-    return {'records': self.count, 'bytes': self.bytes, 'hash': self._hash.hexdigest()}
+    size = self.part.stat().length
+    put(self.part, self.path)
+    return {'records': self.count, 'bytes': self.bytes, 'size': size, 'hash': self._hash.hexdigest()}
+
+
+def part(path) -> epath.Path:
+  """Where a file is written before it is whole; no two processes have the same place."""
+  return path.with_name(f'{path.name}.{platform.node()}.{os.getpid()}.part')
+
+
+def put(written, path) -> None:
+  """Gives a file its name when all of it is on the disk."""
+  for name in (written, path.parent):
+    handle = os.open(os.fspath(name), os.O_RDONLY)
+    try:
+      os.fsync(handle)
+    finally:
+      os.close(handle)
+    if name == written:
+      written.replace(path)
+
+
+def digest(path, count: int) -> str:
+  """Hash of the records of a shard, as `Writer` computes it; '' if it cannot be read."""
+  from array_record.python import array_record_module
+  found = hashlib.blake2b(digest_size=16)
+  try:
+    reader = array_record_module.ArrayRecordReader(os.fspath(path), options=READ)
+    for i in range(count):
+      found.update(reader.read([i])[0])
+  except Exception:      # plain exceptions
+    return ''
+  return found.hexdigest()
 
 
 def finish(root, kind: str, lengths: dict, sizes: dict, description: str) -> None:
@@ -107,7 +142,7 @@ def finish(root, kind: str, lengths: dict, sizes: dict, description: str) -> Non
 
 # ---- reading
 
-ARRAYS = {'volume': (np.int16, None), 'image': (np.uint16, zlib.decompress)}      # dtype, how the bytes are unpacked
+ARRAYS = {'volume': (np.int16, None), 'image': (np.uint16, zlib.decompressobj)}      # dtype, how bytes are unpacked
 
 
 def decode(data: bytes) -> dict:
@@ -131,8 +166,10 @@ def decode(data: bytes) -> dict:
     field, _, part = name.partition('/')
     if part == 'value':
       dtype, unpack = ARRAYS[field]
-      array = np.frombuffer(unpack(value) if unpack else value, dtype)
-      out[field] = array.reshape(_numbers(raw[f'{field}/shape'][1]))
+      shape = _numbers(raw[f'{field}/shape'][1])
+      if unpack:
+        value = unpack().decompress(value, math.prod(shape) * np.dtype(dtype).itemsize)
+      out[field] = np.frombuffer(value, dtype).reshape(shape)
     elif not part:
       numbers = kind == 3 and _numbers(value)
       out[field] = (bytes(value).decode() if kind == 1 else np.frombuffer(value, np.float32) if kind == 2 else
@@ -153,12 +190,13 @@ def _fields(view, at: int, end: int):
 
 def _varint(view, at: int) -> tuple[int, int]:
   value = shift = 0
-  while True:
+  while shift < 64:
     byte = view[at]
     value |= (byte & 127) << shift
     at, shift = at + 1, shift + 7
     if byte < 128:
       return value, at
+  raise ValueError('damaged record')
 
 
 def _numbers(view) -> list[int]:
@@ -223,15 +261,23 @@ class Shards:
   def at(self, shard: int, i: int) -> dict:
     """Record i of one shard."""
     try:
-      data, = self._reader(shard).read([i])
+      try:
+        data, = self._reader(shard).read([i])
+      except Exception:      # a network file system hiccups; too many files are open
+        time.sleep(.1)
+        data, = self._reader(shard, anew=True).read([i])
       return decode(data)
     except Exception as e:      # the reader of array_record raises plain exceptions
       raise DataError('RECORD', f'{self.files[shard]} record {i}', f'{type(e).__name__}: {e}'[:200],
                       'copy the shard again, or prepare the folder again') from e
-  def _reader(self, shard: int):
+  def _reader(self, shard: int, anew: bool = False):
     with self._lock:
+      if anew:
+        self._readers.pop(shard, None)
       if shard not in self._readers:
         from array_record.python import array_record_module
-        self._readers[shard] = array_record_module.ArrayRecordReader(
-            self.files[shard], options='readahead_buffer_size:0')
+        while len(self._readers) >= OPEN:      # the one that was not used for longest; it closes when nobody reads it
+          self._readers.pop(next(iter(self._readers)))
+        self._readers[shard] = array_record_module.ArrayRecordReader(self.files[shard], options=READ)
+      self._readers[shard] = self._readers.pop(shard)
       return self._readers[shard]

@@ -205,7 +205,7 @@ class _Folder:
 
   def listing(self) -> list[dict]:
     """Its records as rows of a manifest."""
-    return [{'id': self.name(self.files[file], part)} for file, part in self.parts]
+    return [{'id': self.name(self.items[file], part)} for file, part in self.parts]
 
   def __getitem__(self, i: int) -> dict:
     for shift in range(len(self)):

@@ -184,13 +184,12 @@ def _source(name: str, config):
   if not spec:
     return (sources.PhantomCT(config.seed, data.phantom_records, whole=whole) if name == 'ct' else
             sources.PhantomXray(config.seed, data.phantom_records))
-  more = {'ct': {'whole': whole}, 'xray': {}}[name] | {'on_bad_file': data.on_bad_file}
-  folder = {'ct': lambda p: sources.CTFolder(p, modality=data.modality, **more),
-            'xray': lambda p: sources.XrayFolder(p, **more)}[name]
+  more = {'ct': {'whole': whole, 'modality': data.modality}, 'xray': {}}[name] | {'on_bad_file': data.on_bad_file}
+  folder = {'ct': sources.CTFolder, 'xray': sources.XrayFolder}[name]
   shards = {'ct': prepared.PreparedCT, 'xray': prepared.PreparedXray}[name]
   shares = prepared.weights(spec)
   ready = {p: w for p, w in shares.items() if prepared.is_prepared(p, name)}
   if not ready and set(shares.values()) == {1.}:
-    return folder(spec)
-  parts = [shards(p, **more) if p in ready else folder(p) for p in shares]
+    return folder(spec, **more)
+  parts = [shards(p, **more) if p in ready else folder(p, **more) for p in shares]
   return parts[0] if len(parts) == 1 else prepared.Mixture(parts, list(shares.values()))

@@ -8,6 +8,7 @@ from typing import NamedTuple
 import numpy as np
 
 from data_pipelines import judgement, readers
+from data_pipelines.errors import DataError
 from data_pipelines.judgement import HU_RANGE
 from data_pipelines.volume import Volume
 from unimiss_jax.views import matrices
@@ -25,12 +26,14 @@ class Scan(NamedTuple):
     spacing_mm: (z, y, x).
     whole, whole_spacing_mm: the complete scan, reduced to about 3 mm and at most 4 MB; or None.
     warnings: finished one-line texts.
+    corner: index of the first voxel of `volume` in the whole scan (at the new spacing); negative where air was added.
   """
   volume: np.ndarray
   spacing_mm: tuple[float, float, float]
   whole: np.ndarray | None
   whole_spacing_mm: tuple[float, float, float] | None
   warnings: list[str]
+  corner: tuple[int, int, int] = (0, 0, 0)
 
 
 def read(item, modality: str = 'ct', whole: bool = False, spacing_mm=(0., 0., 0.), tile: int = TILE) -> Scan:
@@ -53,12 +56,18 @@ def read(item, modality: str = 'ct', whole: bool = False, spacing_mm=(0., 0., 0.
   hu = np.clip(np.rint(source.array) if source.array.dtype == np.float32 else source.array, *HU_RANGE).astype(np.int16)
   small, small_mm = reduced(hu, source.spacing_mm) if whole else (None, None)
   hu, spacing_mm = resampled(hu, source.spacing_mm, spacing_mm)
+  if hu.shape[0] < judgement.LEAST:
+    raise DataError('TOO_SMALL', item.path, f'{hu.shape[0]} slices at {spacing_mm[0]:g} mm, need >= {judgement.LEAST}',
+                    'resample to thinner slices, or remove it')
+  corner = [0, 0, 0]
   if max(hu.shape[1:]) > WIDE:
+    corner[1:] = (int(.1 * n) for n in hu.shape[1:])
     hu = hu[(slice(None), *(slice(int(.1 * n), int(.9 * n)) for n in hu.shape[1:]))]
   if hu.shape[0] < tile:
     missing = tile - hu.shape[0]
+    corner[0] = -(missing // 2)
     hu = np.pad(hu, ((missing // 2, missing - missing // 2), (0, 0), (0, 0)), constant_values=HU_RANGE[0])
-  return Scan(np.ascontiguousarray(hu), spacing_mm, small, small_mm, warnings)
+  return Scan(np.ascontiguousarray(hu), spacing_mm, small, small_mm, warnings, tuple(corner))
 
 
 def judge(volume: Volume, path, modality: str = 'ct') -> list[str]:

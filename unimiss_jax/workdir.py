@@ -89,13 +89,18 @@ def finish(workdir, config) -> None:
 
 def keep_records(workdir, listings: dict) -> None:
   """Writes records.json, {stream: rows}: what a later life compares its records with, to name the difference."""
-  (epath.Path(workdir) / RECORDS).write_text(json.dumps(listings))
+  file = epath.Path(workdir) / RECORDS
+  part = file.with_name(f'{RECORDS}.part')
+  part.write_text(json.dumps(listings))
+  part.replace(file)
 
 
 def records(workdir) -> dict:
-  """What `keep_records` wrote; {} where nothing is."""
-  file = epath.Path(workdir) / RECORDS
-  return json.loads(file.read_text()) if file.exists() else {}
+  """What `keep_records` wrote; {} where nothing is, or something torn."""
+  try:
+    return json.loads((epath.Path(workdir) / RECORDS).read_text())
+  except (OSError, ValueError):
+    return {}
 
 
 def continued() -> tuple[str, ...]:

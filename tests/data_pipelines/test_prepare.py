@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 import pickle
+import shutil
 import signal
 import subprocess
 import sys
@@ -237,9 +238,78 @@ def test_finished_shards_are_not_made_again(out, folder, monkeypatch):
 def test_another_config_and_other_files_are_refused(out, folder, tmp_path, capsys):
   assert run(folder, out, '--tile=16') == 1
   assert 'was begun with other config' in capsys.readouterr().err
+  assert prepare.main([str(folder), f'--out={out}', '--num_shards=2', '--workers=0']) == 1
+  assert 'was begun with other num_shards: 3, now 2' in capsys.readouterr().err
   nib.save(nib.Nifti1Image(np.zeros((20, 20, 24), np.int16), np.eye(4)), tmp_path / 'more.nii.gz')
   assert prepare.main([str(folder), str(tmp_path), f'--out={out}', SHARDS]) == 1
   assert 'was begun with other files: 1 added:' in capsys.readouterr().err
+
+
+def test_a_file_that_was_repaired_is_noticed(folder, tmp_path, capsys):
+  shutil.copytree(folder, tmp_path / 'files')
+  assert run(tmp_path / 'files', tmp_path / 'p', '--workers=0') == 0
+  shutil.copy(folder / '0.nii.gz', tmp_path / 'files' / 'bad.nii.gz')
+  capsys.readouterr()
+  assert run(tmp_path / 'files', tmp_path / 'p', '--workers=0') == 1
+  assert 'was begun with other files: 1 changed content: files/bad.nii.gz' in capsys.readouterr().err
+
+
+def test_a_damaged_shard_is_made_again_or_found_by_merge(out, folder, tmp_path, capsys):
+  p = tmp_path / 'p'
+  shutil.copytree(out, p)
+  file = next(p.rglob('ct-train.array_record-00000-of-00003'))
+  whole = file.read_bytes()
+  file.write_bytes(whole[:len(whole) // 2])
+  assert run(folder, p, '--workers=0') == 0 and contents(p) == contents(out)
+  damaged = bytearray(whole)
+  damaged[len(whole) // 3:len(whole) // 3 + 999] = bytes(999)
+  file.write_bytes(damaged)
+  assert prepare.main([f'--out={p}', '--merge']) == 1
+  assert 'ERROR SHARDS' in (told := capsys.readouterr().err) and 'its records are not those that were written' in told
+
+
+def test_two_writers_of_one_shard(tmp_path):
+  """A job that was queued again while the first one still ran: whoever is last wins, whole."""
+  path = records.folder(tmp_path, 'whole') / records.shard_name('whole', 'train', 0, 1)
+  record = {'id': 'a', 'group': 'a', 'label': '{}', 'volume': np.ones((2, 3, 4), np.int16),
+            'spacing_mm': np.ones(3, np.float32)}
+  one = records.Writer(path, 'whole')
+  one.write(record)
+  one.part = one.part.rename(one.part.with_name('of another process.part'))
+  two = records.Writer(path, 'whole')
+  written = [w.close() for w in (one, two)]
+  assert records.digest(path, 0) == written[1]['hash'] != written[0]['hash']
+
+
+def test_faults_before_the_work_begins(folder, tmp_path, capsys):
+  more = tmp_path / 'again' / folder.name
+  shutil.copytree(folder, more)
+  assert prepare.main([str(folder), str(more), f'--out={tmp_path / "p"}']) == 1
+  assert 'ERROR PLAN' in (told := capsys.readouterr().err) and 'two files are called' in told and '--dataset' in told
+  (tmp_path / 'bad').mkdir()
+  shutil.copy(folder / 'bad.nii.gz', tmp_path / 'bad')
+  assert prepare.main([str(tmp_path / 'bad'), f'--out={tmp_path / "q"}', '--workers=0']) == 1
+  assert 'ERROR SPLIT_EMPTY' in capsys.readouterr().err
+  assert prepare.main([str(folder), '--out=/dev/null/x', '--workers=0']) == 1
+  assert 'ERROR WRITE /dev/null/x: ' in capsys.readouterr().err
+  manifest.write(tmp_path / 'm', [
+      {'id': 'r', 'path': 'r.txt', 'kind': 'report', 'split': 'train'},
+      {'id': 'v', 'path': str(folder / '0.nii.gz'), 'kind': 'volume', 'split': 'train'}])
+  assert prepare.main([str(tmp_path / 'm'), f'--out={tmp_path / "s"}', '--workers=0']) == 0
+  assert '1 rows of kind report are not prepared' in capsys.readouterr().err
+
+
+def test_an_unforeseen_fault_of_one_file_costs_that_file(folder, tmp_path, monkeypatch):
+  read = preparation.ct_records
+
+  def failing(row, item, config):
+    if row['path'].endswith('1.nii.gz'):
+      raise MemoryError('too much')
+    return read(row, item, config)
+  monkeypatch.setattr(preparation, 'ct_records', failing)
+  assert run(folder, tmp_path / 'p', '--workers=0') == 0
+  lost = [r for r in manifest.read(tmp_path / 'p', labelled=False) if r['findings'] == ['READER']]
+  assert len(lost) == 1 and lost[0]['reason'].startswith('MemoryError: too much')
 
 
 # ---- what is in a record
@@ -256,6 +326,23 @@ def test_whole_volumes_and_splits(folder, tmp_path):
     if not n:
       with pytest.raises(DataError, match=f'SPLIT_EMPTY .*no records of ct in split {split}'):
         prepared.PreparedCT(str(tmp_path / 'p'), split=split)
+
+
+def test_where_a_tile_lies_in_its_scan(tmp_path):
+  """A wide scan is cut to the central 80 %, a short one gets air; too few slices after resampling are refused."""
+  rng = np.random.default_rng(0)
+  (tmp_path / 'f').mkdir()
+  for name, shape in (('wide', (330, 20, 40)), ('short', (20, 20, 18))):
+    nib.save(nib.Nifti1Image(rng.integers(-1000, 1000, shape).astype(np.int16), np.diag([1., 1., 3., 1.])),
+             tmp_path / 'f' / f'{name}.nii')
+  assert prepare.main([str(tmp_path / 'f'), f'--out={tmp_path / "p"}', '--workers=0']) == 0
+  rows = {r['id'].rpartition('/')[2]: r for r in manifest.read(tmp_path / 'p', labelled=False)}
+  assert rows['wide.nii z12']['crop_box'] == [12, 2, 33, 36, 18, 297] and rows['wide.nii z12']['z_offset_mm'] == 36.
+  assert rows['short.nii z0']['crop_box'] == [-3, 0, 0, 21, 20, 20] and rows['short.nii z0']['z_offset_mm'] == -9.
+  flags = f'--out={tmp_path / "q"}', '--workers=0', '--spacing=6,0,0'
+  assert prepare.main([str(tmp_path / 'f'), *flags]) == 0
+  assert [r['findings'] for r in manifest.read(tmp_path / 'q', labelled=False) if r['id'] == 'f/short.nii'] == [
+      ['TOO_SMALL']]
 
 
 def test_resampling_keeps_the_extent():
@@ -305,6 +392,32 @@ def test_sources_travel_to_worker_processes(out):
   assert again.digest == source.digest and np.array_equal(again[5]['volume'], source[5]['volume'])
 
 
+def test_other_content_or_order_is_another_list(out, folder, tmp_path):
+  """The path is the same: a resumed run must notice by the hash."""
+  digest = prepared.PreparedCT(str(out)).digest
+  for name, flags in (('fewer', ['--num_shards=2']), ('coarser', [SHARDS, '--spacing=0,4,4'])):
+    assert prepare.main([str(folder), f'--out={tmp_path / name}', '--workers=0', *flags]) == 0
+    assert prepared.PreparedCT(str(tmp_path / name)).digest != digest
+  assert prepare.main([str(folder), f'--out={tmp_path / "other"}', '--workers=0', SHARDS, '--modality=other']) == 0
+  with pytest.raises(DataError, match='MODALITY .*was prepared with --modality=other, the run has data.modality=ct'):
+    prepared.PreparedCT(str(tmp_path / 'other'))
+
+
+def test_every_source_lists_its_records(out, folder):
+  parts = [prepared.PreparedCT(str(out)), sources.CTFolder(str(folder)), sources.PhantomCT(0, 3)]
+  for source in (*parts, prepared.PreparedXray(str(out)), sources.XrayFolder(str(folder)), sources.PhantomXray(0, 3),
+                 prepared.Mixture(parts, [1., 1., 1.])):
+    assert len({row['id'] for row in source.listing()}) == len(source)
+
+
+def test_more_shards_than_files_may_be_open(out, monkeypatch):
+  monkeypatch.setattr(records, 'OPEN', 1)
+  source = prepared.PreparedCT(str(out))
+  for i in np.random.default_rng(0).integers(0, len(source), 30):
+    assert not source[int(i)]['bad']
+  assert len(source.shards._readers) == 1
+
+
 def test_a_mixture_keeps_its_proportions(out, folder):
   a, b = prepared.PreparedCT(str(out)), sources.CTFolder(str(folder))
   mixed = prepared.Mixture([a, b], [1., 2.5])
@@ -333,7 +446,10 @@ def test_a_weight_of_zero():
     (['a', '--out=x', '--merge'], 'exactly one of SOURCE and --merge'),
     (['a', '--out=x', '--tile=7'], '--tile=7: an even'),
     (['a', '--out=x', '--spacing=1,2'], '--spacing: three numbers'),
-    (['a', '--out=x', '--modality=pet'], 'invalid choice')])
+    (['a', '--out=x', '--modality=pet'], 'invalid choice'), (['a', '--out=gs://b/x'], 'a local folder'),
+    (['a', '--out=x', '--shard_index=-1', '--num_shards=2'], '--shard_index=-1'),
+    (['--out=x', '--merge', '--shard_index=0'], '--shard_index=0'),
+    (['a', '--out=x', '--shard_index=0'], 'with --num')])
 def test_usage(flags, text, capsys):
   with pytest.raises(SystemExit) as e:
     prepare.main(flags)

@@ -4,11 +4,13 @@ import os
 import shutil
 import signal
 
+import nibabel as nib
 import numpy as np
 import pytest
 from etils import epath
+from PIL import Image
 
-from data_pipelines import sources
+from data_pipelines import prepare, sources
 from data_pipelines.errors import DataError
 from tests.e2e import tiny
 from unimiss_jax import checkpoint, train, workdir
@@ -97,6 +99,25 @@ def test_other_records_are_refused_unless_forced(stopped, monkeypatch):
   assert not (stopped / 'DONE').exists()
   assert train.train_and_evaluate(tiny.config(), str(stopped), resume='force') == 0
   assert json.loads((stopped / 'records.json').read_text())['ct'][-1] == {'id': 'new'}
+
+
+def test_files_and_their_shards_train_and_a_file_that_is_gone_is_named(tmp_path):
+  """As many records as phantoms, so that nothing is compiled anew."""
+  files, rng = tmp_path / 'files', np.random.default_rng(0)
+  files.mkdir()
+  for i in range(16):
+    volume = rng.integers(-1000, 1000, (20, 20, 24)).astype(np.int16)
+    nib.save(nib.Nifti1Image(volume, np.diag([2., 2., 3., 1.])), files / f'{i}.nii')
+    Image.fromarray(rng.integers(0, 256, (40, 40)).astype(np.uint8)).save(files / f'{i}.png')
+  at = lambda folder: tiny.config(**{'data.ct': str(folder), 'data.xray': str(folder), 'eval.tasks': ()})
+  run = tmp_path / 'run'
+  assert train.train_and_evaluate(at(files), str(run)) == 0
+  assert prepare.main([str(files), f'--out={tmp_path / "shards"}', '--workers=0']) == 0
+  assert train.train_and_evaluate(at(tmp_path / 'shards'), str(tmp_path / 'other')) == 0
+  (run / 'DONE').unlink()
+  (files / '3.nii').unlink()
+  with pytest.raises(CheckpointError, match=r'other records of data.ct \(16 then, 15 now; 1 removed: 3.nii z0\)'):
+    train.train_and_evaluate(at(files), str(run))
 
 
 def test_a_checkpoint_says_whose_it_is_even_without_the_config_beside_it(stopped):
