@@ -26,6 +26,7 @@ KINDS = ('ct', 'whole', 'xray')
 SPLITS = ('train', 'val', 'test')
 VERSION = '1.0.0'
 READ, OPEN = 'readahead_buffer_size:0', 64      # options of a reader; how many files are held open
+RETRY_S = .1
 OPTIONS = {'none': 'group_size:1,uncompressed', 'zstd': 'group_size:1,zstd:3'}
 SCALE_8BIT = 257      # 255 * 257 = 65535: an 8-bit picture as 16 bit, and back, exactly
 
@@ -264,7 +265,7 @@ class Shards:
       try:
         data, = self._reader(shard).read([i])
       except Exception:      # a network file system hiccups; too many files are open
-        time.sleep(.1)
+        time.sleep(RETRY_S)
         data, = self._reader(shard, anew=True).read([i])
       return decode(data)
     except Exception as e:      # the reader of array_record raises plain exceptions

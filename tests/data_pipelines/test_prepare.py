@@ -16,9 +16,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from data_pipelines import manifest, preparation, prepare, prepared, records, sources, tiles
+from data_pipelines import manifest, nifti, preparation, prepare, prepared, readers, records, sources, tiles
 from data_pipelines.errors import DataError
 from tests.conftest import ROOT
+from tests.data_pipelines import dicom_files
 
 VOLUMES, PICTURES = 5, 3
 SHARDS = '--num_shards=3'
@@ -134,6 +135,22 @@ def test_records_are_those_of_the_folder(out, folder):
   b = b[a['name'].rpartition('/')[2]]
   np.testing.assert_allclose(a['spacing_mm'], b['spacing_mm'], rtol=1e-6)
   np.testing.assert_allclose(a['whole_spacing_mm'], b['whole_spacing_mm'], rtol=1e-6)
+
+
+def test_dicom_and_the_nifti_made_of_it_give_the_same_records(tmp_path):
+  dicom_files.series(tmp_path / 'dicom' / 's', dicom_files.noise((26, 20, 18)), step=2.5)
+  volume = readers.volume(str(tmp_path / 'dicom' / 's'))
+  (tmp_path / 'nifti').mkdir()
+  nifti.write(tmp_path / 'nifti' / 's.nii.gz', volume.array, volume)
+  got = []
+  for name in ('dicom', 'nifti'):
+    assert prepare.main([str(tmp_path / name), f'--out={tmp_path / "out" / name}', '--workers=0']) == 0
+    source = prepared.PreparedCT(str(tmp_path / 'out' / name), whole=True)
+    got.append([source[i] for i in range(len(source))])
+  assert len(got[0]) == len(got[1]) == 2
+  for a, b in zip(*got):
+    for field in ('volume', 'whole', 'spacing_mm', 'whole_spacing_mm'):
+      np.testing.assert_allclose(a[field], b[field], rtol=1e-6)
 
 
 @pytest.mark.realdata
