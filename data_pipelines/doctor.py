@@ -7,7 +7,6 @@
 One line per finding on stdout, `SEVERITY CODE path: reason; consequence. FIX: remedy`, a table of the codes, and the
 counts. An ERROR excludes a file, a WARN does not. Exit code 0: no error; 1: some; 2: wrong usage, or nothing to read.
 """
-import argparse
 import collections
 import os
 import signal
@@ -16,6 +15,7 @@ from typing import NamedTuple
 
 from data_pipelines import duplicates, entries, examination, files, finding, importers, manifest, readers, splits
 from data_pipelines import workers as processes
+from data_pipelines.command import Parser
 from data_pipelines.errors import DataError
 from data_pipelines.examination import Job, Result
 from data_pipelines.finding import Finding
@@ -77,8 +77,7 @@ def main(argv=None) -> int:
 
 
 def _flags(argv):
-  p = argparse.ArgumentParser(description=__doc__.splitlines()[0], usage=USAGE, allow_abbrev=False)
-  words = lambda text: tuple(w for w in text.split(',') if w)
+  p = Parser(__doc__, USAGE)
   p.add_argument('source', metavar='DIR|LIST', help='folder, glob pattern, or any list that the importers know')
   p.add_argument('--workers', type=int, help='processes (0: none besides this one); as many as there are cores')
   p.add_argument('--format', default='auto', choices=readers.FORMATS, help='look for this format alone')
@@ -88,22 +87,16 @@ def _flags(argv):
   p.add_argument('--json', help='write a row per file here')
   p.add_argument('--html', help='write a page with pictures here')
   p.add_argument('--manifest', metavar='DIR', help='write the checked manifest into this folder')
-  p.add_argument('--split', type=words, default=('.8', '.1', '.1'), help='shares of train, val, test')
+  p.several('--split', (), ('.8', '.1', '.1'), help='shares of train, val, test')
   p.add_argument('--seed', type=int, default=0, help='of the split')
-  p.add_argument('--group_by', type=words, default=(), help='columns whose values link rows')
+  p.several('--group_by', (), (), help='columns whose values link rows')
   p.add_argument('--subject_from', default='file', help="'file', 'folder', or a pattern with one group")
   p.add_argument('--dataset', help='name before every id')
   p.add_argument('--licence', help='of rows that name none')
-  p.error = lambda text: sys.exit(_usage(text))
   flags = p.parse_args(argv)
   if flags.workers is not None and flags.workers < 0:
     p.error(f'--workers={flags.workers}: 0 or more')
   return flags
-
-
-def _usage(text: str) -> int:
-  print(f'ERROR {" ".join(text.split())}. usage: {USAGE}', file=sys.stderr)
-  return 2
 
 
 def examine(source, *, workers: int | None = None, format: str = 'auto', modality: str = 'ct', as_image: bool = False,

@@ -1,11 +1,8 @@
 """Who makes the shards: processes of this machine, or Apache Beam on a cluster; every one ends with the same bytes."""
-import concurrent.futures
 import contextlib
-import multiprocessing
-import threading
-from concurrent.futures.process import BrokenProcessPool
 
 from data_pipelines import files, preparation
+from data_pipelines import workers as processes
 from data_pipelines.errors import DataError
 
 
@@ -22,7 +19,7 @@ def todo(out, made: dict, only: int | None = None) -> dict:
 
 
 def pool(out, jobs: dict, config, workers: int) -> None:
-  """Makes shards, each in one process.
+  """Makes shards, each in one process; a process that dies costs its own shard.
 
   Args:
     out: the prepared folder.
@@ -33,23 +30,30 @@ def pool(out, jobs: dict, config, workers: int) -> None:
   Raises:
     DataError: WRITE or WORKER; finished shards are kept.
   """
-  total, workers = sum(map(len, jobs.values())), min(workers, len(jobs))
-  files.say(f'{out}: {len(jobs)} shards to make from {total} files, {max(1, workers)} workers')
-  context = multiprocessing.get_context('spawn')
-  count = context.Value('q', 0)
-  with _watched(count, total), writing(out):
-    if not workers:
-      for unit, rows in jobs.items():
-        preparation.make_shard(out, unit, rows, config, count)
-      return
-    with concurrent.futures.ProcessPoolExecutor(workers, context, _begin, (count,)) as processes:
-      try:
-        # The largest first: the last one to end is then a small one.
-        order = sorted(jobs, key=lambda u: (-len(jobs[u]), u))
-        for job in concurrent.futures.as_completed([processes.submit(_work, out, u, jobs[u], config) for u in order]):
-          job.result()
-      finally:
-        processes.shutdown(cancel_futures=True)
+  order = sorted(jobs, key=lambda u: (-len(jobs[u]), u))      # the largest first: the last one to end is then small
+  done, total, dead = 0, sum(map(len, jobs.values())), []
+  files.say(f'{out}: {len(jobs)} shards to make from {total} files, {max(1, min(workers, len(jobs)))} workers')
+  progress = files.Progress('prepare', total)
+  for i, fault in processes.run(_shard, [(str(out), u, jobs[u], config) for u in order], workers):
+    done += len(jobs[order[i]])
+    progress.reach(done)
+    if isinstance(fault, processes.Died):
+      dead.append(f'{order[i].name} (exit code {fault.code})')
+    elif fault:
+      raise fault
+  if dead:
+    raise DataError('WORKER', out, f'{len(dead)} processes were killed (memory?) over {", ".join(dead[:4])}',
+                    'use fewer --workers; the same command makes those shards')
+
+
+def _shard(job) -> DataError | None:
+  """The shard, or why it could not be written."""
+  files.single_threaded_blas()
+  try:
+    with writing(job[0]):
+      preparation.make_shard(*job)
+  except DataError as e:
+    return e
 
 
 def beam(out, jobs: dict, config, options=()) -> None:
@@ -81,41 +85,8 @@ def writing(out):
   """Whatever goes wrong becomes a DataError."""
   try:
     yield
-  except BrokenProcessPool as e:
-    raise DataError('WORKER', out, 'a worker process was killed (memory?)',
-                    'use fewer --workers; the same command goes on with what is left') from e
   except DataError:
     raise
   except Exception as e:      # a full disk; array_record and Beam raise plain exceptions
     raise DataError('WRITE', out, f'{type(e).__name__}: {e}'[:300],
                     'make room; the same command goes on with what is left') from e
-
-
-_count = None
-
-
-def _begin(count) -> None:
-  global _count
-  _count = count
-  files.single_threaded_blas()
-
-
-def _work(out, unit, rows, config) -> None:
-  preparation.make_shard(out, unit, rows, config, _count)
-
-
-@contextlib.contextmanager
-def _watched(count, total: int):
-  """Shows progress while processes count."""
-  progress, over = files.Progress('prepare', total), threading.Event()
-
-  def look():
-    while not over.wait(.5):
-      progress.reach(count.value)
-  thread = threading.Thread(target=look, daemon=True)
-  thread.start()
-  try:
-    yield
-  finally:
-    over.set()
-    thread.join()

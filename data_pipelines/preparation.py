@@ -90,7 +90,7 @@ def xray_record(row: dict, item: readers.Item) -> tuple[dict, list[str]]:
 
 # ---- one shard
 
-def make_shard(out: str, unit: Unit, rows: list[dict], config: Config, count=None) -> None:
+def make_shard(out: str, unit: Unit, rows: list[dict], config: Config) -> None:
   """Writes the shard, of CT volumes the one of their reduced copies beside it, and last its entry in the journal.
 
   Args:
@@ -98,7 +98,6 @@ def make_shard(out: str, unit: Unit, rows: list[dict], config: Config, count=Non
     unit: which shard.
     rows: of the manifest, those that belong there.
     config: see Config.
-    count: a multiprocessing.Value that counts files.
   """
   done, place = [], {}
   kinds = ('ct', 'whole') if unit.kind == 'ct' else ('xray',)
@@ -121,9 +120,6 @@ def make_shard(out: str, unit: Unit, rows: list[dict], config: Config, count=Non
       if kind == 'ct':
         record['whole'] = writers['whole'].count
       writers[kind].write(record)
-    if count is not None:
-      with count.get_lock():
-        count.value += 1
   shard = records.shard_name(unit.kind, unit.split, unit.shard, unit.shards)
   for entry in done:
     if entry['id'] in place:

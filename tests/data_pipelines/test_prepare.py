@@ -316,6 +316,29 @@ def test_faults_before_the_work_begins(folder, tmp_path, capsys):
   assert '1 rows of kind report are not prepared' in capsys.readouterr().err
 
 
+def test_a_process_that_is_killed_costs_its_own_shard(out, folder, tmp_path, capsys):
+  """As a machine without memory does; what it left is made by the same command."""
+  code = f"""
+import os, sys
+from data_pipelines import engines, preparation, prepare
+make = preparation.make_shard
+def dying(out, unit, rows, config):
+  if unit.kind == 'ct' and unit.shard == 0:
+    os.kill(os.getpid(), 9)
+  make(out, unit, rows, config)
+preparation.make_shard = dying
+if __name__ == '__main__':
+  sys.exit(prepare.main([{str(folder)!r}, '--out={tmp_path / "p"}', '{SHARDS}', '--workers=2']))
+"""
+  (tmp_path / 'dying.py').write_text(code)
+  done = subprocess.run([sys.executable, tmp_path / 'dying.py'], cwd=ROOT, env=os.environ | {'PYTHONPATH': str(ROOT)},
+                        capture_output=True, text=True)
+  assert done.returncode == 1 and 'ERROR WORKER' in done.stderr
+  assert 'ct-train-00000-of-00003 (exit code -9)' in done.stderr
+  assert len(list((tmp_path / 'p/journal').iterdir())) == 5
+  assert run(folder, tmp_path / 'p', '--workers=0') == 0 and contents(tmp_path / 'p') == contents(out)
+
+
 def test_an_unforeseen_fault_of_one_file_costs_that_file(folder, tmp_path, monkeypatch):
   read = preparation.ct_records
 
