@@ -10,11 +10,17 @@ from unimiss_jax.views import image, volume
 # water; across the trunk the path begins and ends in air. Looked at on chest and abdomen CT: nothing of note saturates.
 WHITE = {'axial': 1.25, 'ap': 1., 'pa': 1., 'lateral': 1.1}
 MU_WATER = {'water': xray.MU_WATER, 'bone_soft': xray.SOFT, 'minmax': .5}    # 1/mm, by attenuation model
+DRR_LOSSES = 'drr', 'recon_drr', 'pair_nce'
 # drr.image -> where the views are made
 RADIOGRAPHS = dict.fromkeys(('line', 'transmission', 'minmax'), __name__) | {'reference': 'data_pipelines.reference'}
 
 
-def ct_sample(record: dict, params: dict, config) -> dict:
+def needs_drr(config) -> bool:
+  """Whether a loss of the run looks at DRR: rendering them is the dearest part of a CT sample."""
+  return 'loss' not in config or any(config.loss.get(name, 1.) for name in DRR_LOSSES)
+
+
+def ct_sample(record: dict, params: dict, config, drr: bool = True) -> dict:
   """CT views and DRR views of one CT record.
 
   Args:
@@ -22,11 +28,14 @@ def ct_sample(record: dict, params: dict, config) -> dict:
       `whole` and `whole_spacing_mm`.
     params: as `draw.ct_pair` or `draw.ct_centre` make them.
     config: the run config.
+    drr: False leaves the DRR views out.
 
   Returns:
     {'ct': `[V, D, H, W, 1]` float32, HU / 1024 after augmentation, 'drr': `[V, h, w, 3]` float32 in [0, 1]}.
   """
   ct = np.stack([volume.view(record['volume'], p, config.views.ct) for p in _views(params['ct'])])
+  if not drr:
+    return {'ct': ct[..., None]}
   hu, spacing = ((record['whole'], record['whole_spacing_mm']) if config.drr.scope == 'volume' else
                  (record['volume'], record['spacing_mm']))
   render = importlib.import_module(RADIOGRAPHS[config.drr.image]).radiographs

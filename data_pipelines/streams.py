@@ -35,13 +35,13 @@ def build(config, names=None, shard_index: int = 0, shard_count: int = 1) -> dic
   return {n: Stream(n, config, _source(n, config), shard_index, shard_count) for n in names}
 
 
-def views(name: str, record: dict, config, rng) -> dict:
-  """Two random views of a record of stream `name`: {field: [2, ...] float32}."""
+def views(name: str, record: dict, config, rng, drr: bool = True) -> dict:
+  """Two random views of a record of stream `name`: {field: [2, ...] float32}; `drr` as of sample.ct_sample."""
   if name == 'xray':
     return sample.xray_sample(record, draw.xray_pair(rng, config, record['image'].shape), config)
   whole = (record['whole'].shape, record['whole_spacing_mm']) if 'whole' in record else ()
   params = draw.ct_pair(rng, config, record['volume'].shape, record['spacing_mm'], *whole)
-  return sample.ct_sample(record, params, config)
+  return sample.ct_sample(record, params, config, drr)
 
 
 class Stream:
@@ -157,7 +157,7 @@ class _Views(grain.transforms.RandomMap):
   """Record -> row; `rng` (key of whatever the device draws for this row) comes first from the row's generator."""
 
   def __init__(self, name, config):
-    self.name, self.config = name, config
+    self.name, self.config, self.drr = name, config, sample.needs_drr(config)
     files.single_threaded_blas()
 
   def __reduce__(self):    # so that a worker process passes through __init__ too
@@ -165,7 +165,7 @@ class _Views(grain.transforms.RandomMap):
 
   def random_map(self, record, rng: np.random.Generator):
     key = rng.integers(0, 2**32, 2, np.uint32)
-    return views(self.name, record, self.config, rng) | {
+    return views(self.name, record, self.config, rng, self.drr) | {
         'id': np.int32(record['index']), 'group': np.int32(record.get('group', record['index'])), 'rng': key,
         'bad': np.bool_(record['bad'])}
 

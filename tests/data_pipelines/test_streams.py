@@ -266,6 +266,17 @@ def test_phantom_streams(config):
     stream.close()
 
 
+def test_drr_that_no_loss_looks_at_are_not_rendered(config):
+  """Everything else is drawn as before."""
+  stream = streams.build(config, ['ct'])['ct']
+  config.loss.update(dict(drr=0., recon_drr=0., pair_nce=0.))
+  without = streams.build(config, ['ct'])['ct']
+  assert without.spec == {k: v for k, v in stream.spec.items() if k != 'drr'}
+  assert_same(take(without, 2), [{k: v for k, v in b.items() if k != 'drr'} for b in take(stream, 2)])
+  stream.close()
+  without.close()
+
+
 def test_several_views_from_one_read(config, monkeypatch):
   """A record's rows follow each other, with draws of their own; it is read once; the position stays one integer."""
   config.data.views_per_read = 2
