@@ -54,7 +54,7 @@ def _elements(start: bytes, order: str) -> int:
   return count
 
 
-def library(path):
+def required(path):
   """pydicom, or DataError DICOM that says how to get it."""
   try:
     import pydicom
@@ -73,7 +73,7 @@ def parse(path, tags=None):
   Raises:
     DataError: DICOM UNREADABLE ZERO_BYTES NOT_IMAGE TRANSFER_SYNTAX.
   """
-  pydicom = library(path)
+  pydicom = required(path)
   try:
     with epath.Path(path).open('rb') if tags else io.BytesIO(read_bytes(path)) as f:
       start = f.read(2 * START)

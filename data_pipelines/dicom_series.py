@@ -55,7 +55,7 @@ def series(paths) -> Listing:
   if not paths:
     return out
   try:
-    dicom_file.library(_common(paths))
+    dicom_file.required(_common(paths))
   except DataError as e:
     missing = DataError(e.code, e.path, f'{len(paths)} DICOM files: {e.reason}', e.remedy)
     return out._replace(faults=[missing])

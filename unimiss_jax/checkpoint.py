@@ -8,6 +8,7 @@ import hashlib
 import json
 import logging
 import sys
+import warnings
 
 import jax
 import numpy as np
@@ -30,6 +31,7 @@ def quiet() -> None:
   """Of a save that fails these libraries tell once for every tensor; CheckpointError tells once."""
   for name in ('absl', 'asyncio', 'orbax'):
     logging.getLogger(name).setLevel(logging.CRITICAL)
+  warnings.filterwarnings('ignore', r"coroutine '.*write_fragment' was never awaited", RuntimeWarning)
   show = sys.unraisablehook
   sys.unraisablehook = lambda a: None if 'Event loop is closed' in str(a.exc_value) else show(a)
 
