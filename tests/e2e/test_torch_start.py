@@ -44,6 +44,7 @@ def first_loss(net, rows, c) -> float:
                + l.recon_ct * ((r_ct - (ct - low) / (high - low))**2).mean() + l.recon_drr * ((r_drr - drr)**2).mean())
 
 
+@pytest.mark.slow
 def test_dump_to_run_to_export_and_back(tmp_path, monkeypatch, caplog):
   c = config(init_from=str(tmp_path / 'dump.pth'))
   fields = arch.of_config(c.model.to_dict())

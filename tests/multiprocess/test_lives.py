@@ -46,7 +46,8 @@ def lives(workdir, deaths, rng):
   return run
 
 
-@pytest.mark.parametrize('deaths', [3, pytest.param(20, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize('deaths', [3, 20])
 def test_killed_at_random_moments_equals_undisturbed(undisturbed, folder, deaths):
   workdir = folder / f'killed_{deaths}'
   run = lives(workdir, deaths, np.random.default_rng(deaths))
@@ -56,6 +57,7 @@ def test_killed_at_random_moments_equals_undisturbed(undisturbed, folder, deaths
   assert all(len(rows_) == 8 for rows_ in drawn(workdir).values())
 
 
+@pytest.mark.slow
 def test_a_signal_to_one_of_two_stops_both_and_one_goes_on(undisturbed, folder):
   """2 processes of 4 devices -> 1 process of 8: the same samples, the same random numbers, the same losses."""
   workdir = folder / 'moved'
