@@ -142,7 +142,7 @@ def test_a_new_run_starts_from_the_weights_of_another(undisturbed, tmp_path):
 def test_a_folder_in_an_object_store(undisturbed, memory, tmp_path, monkeypatch):
   """All but the checkpoints, which Orbax would write there itself."""
   monkeypatch.setattr(train, 'STORES', ('memory://',))
-  monkeypatch.setattr(checkpoint, 'absolute', lambda folder: epath.Path(tmp_path))
+  monkeypatch.setattr(checkpoint, 'absolute', lambda folder: epath.Path(tmp_path) / epath.Path(folder).name)
   folder = epath.Path(memory) / 'run'
   assert train.train_and_evaluate(tiny.config(), str(folder)) == 0
   assert {p.name for p in folder.iterdir()} >= {'config.json', 'env.json', 'metrics.jsonl', 'report', 'logs', 'DONE'}
