@@ -24,6 +24,8 @@ def base() -> ConfigDict:
   c.data = ConfigDict(dict(
       ct='',                      # folder or glob(s), comma separated; '' = phantoms
       xray='',                    # likewise
+      manifest='',                # fine-tuning: a labelled manifest.jsonl; '' = phantoms
+      label_fraction=1.,          # fine-tuning: share of the labelled training patients; smaller ones lie in larger ones
       modality='ct',              # values must be HU; other modalities are not read yet
       phantom_records=768,        # phantoms per stream, where data.ct or data.xray is ''
       views_per_read=1,           # pairs of views drawn from one read of a record, one after the other
@@ -92,7 +94,11 @@ def base() -> ConfigDict:
   c.optim = ConfigDict(dict(
       name='adamw',
       lr=8e-4, lr_reference_batch=256,   # effective lr = lr * batch.ct / lr_reference_batch; 0 = lr as it is
+      schedule='cosine',                 # cosine | poly (power 0.9, no warm-up) | constant
+      schedule_unit='step',              # of poly: step | epoch
       min_lr=1e-6, warmup_epochs=10.,    # of an epoch as defined above; may be a fraction
+      layer_decay=1.,                    # fine-tuning: rate of a step of the encoder over that of the next one
+      eps=1e-8,                          # of AdamW
       weight_decay=0.04, weight_decay_end=0.4,
       clip=0., clip_mode='global',       # global | per_tensor; 0 = off
       freeze_last_layer=2.,              # epochs
@@ -105,12 +111,15 @@ def base() -> ConfigDict:
   c.init_from = ''                # weights that a new run starts from: a run, an exported folder, .safetensors, .pth
   c.init_branch = ''              # student | teacher, where that has both; '' = student
   c.init_allow = ''               # comma separated: what that file may lack: decoder, head, 3D, 2D, or pieces of names
+  c.init_parts = ('encoder', 'decoder', 'head')   # what of it is taken
   c.pos_resize = 'grid'           # grid | flat_zoom (released): how its position tables are brought to other sizes
   c.eval = ConfigDict(dict(
       every=0,                    # steps; 0 = at the start and the end only
       tasks=('knn', 'retrieval'),
       records=500, fit=300,       # phantoms in all; those that kNN may learn from, the rest is the test
       select='',                  # score by which best/ is kept, 'eval/knn_auc_ct'; '' = none
+      patience=0,                 # evaluations without a better eval.select before the run ends; 0 = off
+      save=False,                 # fine-tuning: write the predicted label maps of the test cases
       knn='',                     # a labelled manifest.jsonl; '' = phantom findings
   ))
   c.log = ConfigDict(dict(every=50, images_every=0, tensorboard=True, watchdog_min=30.))

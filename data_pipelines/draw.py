@@ -30,8 +30,7 @@ def ct_pair(rng, config, shape, spacing_mm, whole_shape=None, whole_spacing_mm=N
   Raises:
     ValueError: scope='volume' without the whole scan; paired windows where the tile is not the whole.
   """
-  cfg = config.views.ct
-  ct = dict(_boxes(rng, cfg, shape), flip=rng.random((2, 3)) < cfg.flip_p, **_intensities(rng, cfg))
+  ct = _volumes(rng, config.views.ct, shape)
   field = _field(config, shape, spacing_mm, whole_shape, whole_spacing_mm)
   if config.drr.paired_window:
     window = _paired(config, ct, shape, spacing_mm, whole_shape, whole_spacing_mm)
@@ -45,11 +44,32 @@ def ct_pair(rng, config, shape, spacing_mm, whole_shape=None, whole_spacing_mm=N
 
 def xray_pair(rng, config, shape) -> dict:
   """Two views of one radiograph `[H, W]`: random-resized crops on whole pixels."""
-  cfg = config.views.xray
-  boxes = [_random_resized(rng, cfg, shape, whole=True) for _ in range(2)]
-  flip = np.stack([np.zeros(2, bool), rng.random(2) < cfg.flip_p], 1)    # left-right only
-  return {'xray': dict(box_start=np.array([b[0] for b in boxes], np.float32),
-                       box_size=np.array([b[1] for b in boxes], np.float32), flip=flip, **_photometry(rng, cfg))}
+  return {'xray': _pictures(rng, config.views.xray, shape)}
+
+
+def ct_view(rng, config, shape, focus=None) -> dict:
+  """One CT view, for a record with labels: the first of a pair.
+
+  Args:
+    focus: voxel (z, y, x) that the box must hold, at a random place of it; None = anywhere.
+  """
+  params = {name: values[:1] for name, values in _volumes(rng, config.views.ct, shape).items()}
+  if focus is not None:
+    size = params['box_size'][0]
+    room = np.minimum(0, shape - size), np.maximum(0, shape - size)
+    params['box_start'] = np.clip(np.add(focus, .5) - rng.random(3) * size, *room)[None].astype(np.float32)
+  return {'ct': params}
+
+
+def xray_view(rng, config, shape) -> dict:
+  """One view of a radiograph `[H, W]`, for a record with labels: the first of a pair."""
+  return {'xray': {name: values[:1] for name, values in _pictures(rng, config.views.xray, shape).items()}}
+
+
+def xray_whole(shape) -> dict:
+  """All of a radiograph as one view, whatever its aspect."""
+  return {'xray': dict(box_start=np.zeros((1, 2), np.float32), box_size=np.array([shape], np.float32),
+                       flip=np.zeros((1, 2), bool), **_plain())}
 
 
 def ct_centre(config, shape, spacing_mm, whole_shape=None, whole_spacing_mm=None) -> dict:
@@ -79,6 +99,19 @@ def xray_centre(config, shape) -> dict:
   start = np.floor((np.array(shape) - size) / 2)
   return {'xray': dict(box_start=start[None].astype(np.float32), box_size=size[None].astype(np.float32),
                        flip=np.zeros((1, 2), bool), **_plain())}
+
+
+def _volumes(rng, cfg, shape) -> dict:
+  """Parameters of two CT views."""
+  return dict(_boxes(rng, cfg, shape), flip=rng.random((2, 3)) < cfg.flip_p, **_intensities(rng, cfg))
+
+
+def _pictures(rng, cfg, shape) -> dict:
+  """Parameters of two views of a radiograph."""
+  boxes = [_random_resized(rng, cfg, shape, whole=True) for _ in range(2)]
+  flip = np.stack([np.zeros(2, bool), rng.random(2) < cfg.flip_p], 1)    # left-right only
+  return dict(box_start=np.array([b[0] for b in boxes], np.float32),
+              box_size=np.array([b[1] for b in boxes], np.float32), flip=flip, **_photometry(rng, cfg))
 
 
 def _boxes(rng, cfg, shape) -> dict:

@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from data_pipelines import draw, manifest, phantom, readers, sample, sources, streams
+from data_pipelines import cases, draw, manifest, phantom, readers, sample, sources, streams
 from data_pipelines.errors import DataError
 
 
@@ -18,8 +18,19 @@ class EvalSet(NamedTuple):
   name: str
 
 
-def build(config) -> EvalSet:
-  """From config.eval: phantoms of the development range, or the manifest that eval.knn names."""
+def build(config):
+  """What scores are computed on while a run goes on.
+
+  An EvalSet of phantoms of the development range, or of the manifest that eval.knn names; of a task the Cases of its
+  validation split, None where there is none and nothing is selected by it.
+  """
+  if 'task' in config:
+    try:
+      return cases.of(config, 'val')
+    except DataError as e:
+      if e.code != 'SPLIT_EMPTY' or config.eval.select:
+        raise
+      return None
   return _from_manifest(config) if config.eval.knn else _phantoms(config)
 
 
@@ -79,7 +90,7 @@ def preview(config, of, n: int = 4) -> dict:
     'pixel_mm' [n, 3], size of a voxel (z, y, x) of its centre view.
   """
   out = {}
-  for name, stream in of.items():
+  for name, stream in of.items() if 'task' not in config else ():
     which = sorted({int(i) for i in np.linspace(0, stream.records - 1, n)})
     records = [stream.source[i] for i in which]
     centre = [centre_ct(r, config) if name == 'ct' else centre_xray(r, config) for r in records]

@@ -45,6 +45,34 @@ def read(path) -> Radiograph:
     raise DataError('TRUNCATED', path, f'picture cannot be decoded ({type(e).__name__}: {e})', 'copy again') from e
 
 
+def labels(path, of: Radiograph) -> np.ndarray:
+  """A label map stored as a picture, on the pixels of its radiograph's file (which `read` may have reduced).
+
+  Args:
+    path: PNG, GIF, TIFF or BMP of one channel, or of equal ones; values as stored.
+    of: the radiograph, as `read` returns it.
+
+  Raises:
+    DataError: UNREADABLE ZERO_BYTES NOT_IMAGE TRUNCATED, MASK_GRID (another size), MASK_VALUE (colours).
+  """
+  data = read_bytes(path)
+  try:
+    image = ImageOps.exif_transpose(Image.open(io.BytesIO(data)))
+    array = np.asarray(image if image.mode in ('L', 'P', '1', 'I;16', 'I') else image.convert('RGB'))
+  except Exception as e:    # Pillow's decoders raise OSError, SyntaxError, struct.error, zlib.error, ...
+    raise DataError('TRUNCATED', path, f'label map cannot be decoded ({type(e).__name__}: {e})', 'copy again') from e
+  if array.ndim == 3:
+    if (array != array[..., :1]).any():
+      raise DataError('MASK_VALUE', path, 'is coloured', 'store one number a pixel')
+    array = array[..., 0]
+  width, height = of.meta['size']
+  upright = (height, width) if (height < width) == (of.array.shape[0] < of.array.shape[1]) else (width, height)
+  if array.shape != upright:
+    raise DataError('MASK_GRID', path, f'{array.shape[1]} x {array.shape[0]} pixels, its image {upright[1]} x '
+                    f'{upright[0]}', 'resample it on the pixels of its image')
+  return array.astype(np.int32)
+
+
 def check(path) -> None:
   """Raises what `read` raises for a file that is missing, empty or no picture; reads its header alone."""
   try:

@@ -33,13 +33,13 @@ def ct_sample(record: dict, params: dict, config, drr: bool = True) -> dict:
   Returns:
     {'ct': `[V, D, H, W, 1]` float32, HU / 1024 after augmentation, 'drr': `[V, h, w, 3]` float32 in [0, 1]}.
   """
-  ct = np.stack([volume.view(record['volume'], p, config.views.ct) for p in _views(params['ct'])])
+  ct = np.stack([volume.view(record['volume'], p, config.views.ct) for p in each(params['ct'])])
   if not drr:
     return {'ct': ct[..., None]}
   hu, spacing = ((record['whole'], record['whole_spacing_mm']) if config.drr.scope == 'volume' else
                  (record['volume'], record['spacing_mm']))
   render = importlib.import_module(RADIOGRAPHS[config.drr.image]).radiographs
-  return {'ct': ct[..., None], 'drr': _rgb(render(hu, spacing, _views(params['drr']), config))}
+  return {'ct': ct[..., None], 'drr': _rgb(render(hu, spacing, each(params['drr']), config))}
 
 
 def radiographs(hu, spacing_mm, params, config) -> list:
@@ -76,7 +76,7 @@ def xray_sample(record: dict, params: dict, config) -> dict:
     params: as `draw.xray_pair` or `draw.xray_centre` make them.
     config: the run config.
   """
-  return {'xray': _rgb([image.view(record['image'], p, config.views.xray) for p in _views(params['xray'])])}
+  return {'xray': _rgb([image.view(record['image'], p, config.views.xray) for p in each(params['xray'])])}
 
 
 def white(view: str, shape, spacing_mm, mu: str) -> float:
@@ -96,7 +96,8 @@ def path_mm(view: str, shape, spacing_mm) -> float:
   return shape[march] * spacing_mm[march]
 
 
-def _views(params: dict) -> list[dict]:
+def each(params: dict) -> list[dict]:
+  """Parameters of several views -> those of each view."""
   n = len(next(iter(params.values())))
   return [{name: values[i] for name, values in params.items()} for i in range(n)]
 

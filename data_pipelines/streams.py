@@ -10,7 +10,7 @@ from concurrent import futures
 import grain
 import numpy as np
 
-from data_pipelines import draw, files, prepared, sample, sources
+from data_pipelines import cases, draw, files, labelled, prepared, sample, sources
 
 STREAMS = ('ct', 'xray')
 THREADS, BUFFER = 4, 4    # per process; without a bound Grain reads hundreds of batches ahead
@@ -36,7 +36,12 @@ def build(config, names=None, shard_index: int = 0, shard_count: int = 1) -> dic
 
 
 def views(name: str, record: dict, config, rng, drr: bool = True) -> dict:
-  """Two random views of a record of stream `name`: {field: [2, ...] float32}; `drr` as of sample.ct_sample."""
+  """Two random views of a record of stream `name`: {field: [2, ...] float32}; `drr` as of sample.ct_sample.
+
+  For a task, one view and its label or mask: see cases.view.
+  """
+  if 'task' in config:
+    return cases.view(name, record, config, rng)
   if name == 'xray':
     return sample.xray_sample(record, draw.xray_pair(rng, config, record['image'].shape), config)
   whole = (record['whole'].shape, record['whole_spacing_mm']) if 'whole' in record else ()
@@ -179,6 +184,8 @@ def _parse_flags() -> None:
 
 def _source(name: str, config):
   """Records of data.ct or data.xray: phantoms, folders, prepared shards, or several of them mixed."""
+  if 'task' in config:
+    return labelled.source(name, config)
   data, whole = config.data, config.drr.scope == 'volume'
   spec = data[name]
   if not spec:

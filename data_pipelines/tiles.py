@@ -53,7 +53,7 @@ def read(item, modality: str = 'ct', whole: bool = False, spacing_mm=(0., 0., 0.
     item = readers.item(item, 'volume')
   source = readers.volume(item)
   warnings = source.meta['warnings'] + judge(source, item.path, modality)
-  hu = np.clip(np.rint(source.array) if source.array.dtype == np.float32 else source.array, *HU_RANGE).astype(np.int16)
+  hu = clipped(source.array)
   small, small_mm = reduced(hu, source.spacing_mm) if whole else (None, None)
   hu, spacing_mm = resampled(hu, source.spacing_mm, spacing_mm)
   if hu.shape[0] < judgement.LEAST:
@@ -68,6 +68,11 @@ def read(item, modality: str = 'ct', whole: bool = False, spacing_mm=(0., 0., 0.
     corner[0] = -(missing // 2)
     hu = np.pad(hu, ((missing // 2, missing - missing // 2), (0, 0), (0, 0)), constant_values=HU_RANGE[0])
   return Scan(np.ascontiguousarray(hu), spacing_mm, small, small_mm, warnings, tuple(corner))
+
+
+def clipped(array: np.ndarray) -> np.ndarray:
+  """HU as int16 within [-1024, 3071]."""
+  return np.clip(np.rint(array) if array.dtype == np.float32 else array, *HU_RANGE).astype(np.int16)
 
 
 def judge(volume: Volume, path, modality: str = 'ct') -> list[str]:

@@ -37,6 +37,7 @@ def read(config, params) -> dict:
   except PortingError as e:
     raise CheckpointError(f'init_from: {e}') from e
   found, wanted = named_leaves(tree), named_leaves(params)
+  found = {n: x for n, x in found.items() if part_of(n) in config.init_parts}
   same = {n: x for n, x in found.items() if n in wanted and x.shape == wanted[n].shape}
   other = {n: f'{n} {tuple(x.shape)} -> {tuple(wanted[n].shape)}' for n, x in found.items()
            if n in wanted and n not in same}
@@ -44,7 +45,7 @@ def read(config, params) -> dict:
     raise CheckpointError(f'{what}: {len(wrong)} tensors of the backbone have another shape: {_some(wrong)}. FIX: use '
                           'the model leaves of those weights')
   if not same:
-    raise CheckpointError(f'{what}: none of its {len(found)} tensors belongs to this model')
+    raise CheckpointError(f'{what}: none of its {len(found)} tensors of {", ".join(config.init_parts)} belongs to this model')
   fresh, unused = [n for n in wanted if n not in same], [n for n in found if n not in wanted]
   logging.info('%s: loaded %d/%d tensors%s%s', what, len(same), len(wanted),
                f'; fresh: {_some(fresh)}' if fresh else '', f'; not used: {_some(unused)}' if unused else '')
@@ -54,6 +55,11 @@ def read(config, params) -> dict:
     logging.info('%s: %d position tables resized (pos_resize=%s)', what, resized, config.pos_resize)
   _tell_of_heads(what, given, arch)
   return same
+
+
+def part_of(name: str) -> str:
+  """'backbone/DecEmbed2D1/...' -> 'decoder'; encoder, decoder or head."""
+  return 'encoder' if name.startswith('backbone/transformer/') else 'decoder' if name.startswith('backbone/') else 'head'
 
 
 def merge(params, given: dict):

@@ -7,10 +7,11 @@ import numpy as np
 from etils import epath
 
 from unimiss_jax import sharding
-from unimiss_jax.evals import online
+from unimiss_jax.evals import online, supervised
 from unimiss_jax.report import sheets
 
-ROWS = 50      # samples per call of the embedding, at least; chosen by us
+ROWS = 50                # samples per call of the embedding, at least; chosen by us
+VOXELS = 300_000         # of one call of a task's network, about; chosen by us
 
 
 class Observer:
@@ -24,7 +25,12 @@ class Observer:
                      for n, f in method.predict.items()}
 
   def scores(self, state, at: int) -> dict[str, float]:
-    """{'eval/...': value}; at step 0 also 'eval/raw_...', the same from raw pixels."""
+    """{'eval/...': value}; at step 0 of pre-training also 'eval/raw_...', the same from raw pixels."""
+    if 'task' in self.config:
+      task, logits = self.config.task, self.logits(state, self.evalset)
+      outcome = (supervised.classify(logits, self.evalset, task.exclusive) if task.kind == 'cls' else
+                 supervised.segment(logits, self.evalset, task))
+      return {f'eval/{k}': v for k, v in outcome.scores.items() if np.isfinite(v)}
     features = {k: self._apply('embed', state, {k: x})[k][:, 0] for k, x in self.evalset.views.items()}
     values = online.run(features, self.evalset, self.config.eval.tasks)
     values = {k: v for k, v in values.items() if np.isfinite(v)}
@@ -32,9 +38,15 @@ class Observer:
       values |= online.control(self.evalset, self.config.eval.tasks, self.config.drr.view)
     return values
 
+  def logits(self, state, cases):
+    """[N, *S, C] -> what the network of a task says, [N, ...]; in calls of one static size."""
+    rows = max(1, min(ROWS, VOXELS // int(np.prod(cases.size))))
+    return lambda x: self._apply('logits', state, {cases.stream: x[:, None]}, rows)[cases.stream][:, 0]
+
   def tests(self) -> int:
     """Size of the retrieval gallery."""
-    return int((~self.evalset.fit['ct']).sum()) if self.evalset and 'ct' in self.evalset.fit else 0
+    fit = getattr(self.evalset, 'fit', {})
+    return int((~fit['ct']).sum()) if 'ct' in fit else 0
 
   def reconstructions(self, state) -> dict:
     """Of the previewed views, {field: [n, 2, ...] in [0, 1]}; empty for a method that does not reconstruct."""
@@ -49,11 +61,11 @@ class Observer:
     made = sheets.write(folder, at, self.preview, reconstructions, self.config.drr.view)
     return {epath.Path(p).stem.split('_')[0]: (p, np.stack([np.asarray(s)] * 3, -1)) for p, s in made.items()}
 
-  def _apply(self, name, state, batch) -> dict:
-    """predict[name] of rows that every process holds, in calls of one static size."""
+  def _apply(self, name, state, batch, rows: int = 0) -> dict:
+    """predict[name] of rows that every process holds, in calls of one static size: `rows`, or as many as fit."""
     n = len(next(iter(batch.values())))
     devices = self.mesh.size
-    size = -(-min(ROWS, n) // devices) * devices
+    size = -(-(rows or min(ROWS, n)) // devices) * devices
     parts = []
     for start in range(0, n, size):
       at = np.minimum(np.arange(start, start + size), n - 1)

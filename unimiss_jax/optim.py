@@ -44,6 +44,19 @@ def cosine_schedule(base, final, total_steps, warmup_steps, start=0.) -> Callabl
   return schedule
 
 
+def poly_schedule(base, total_steps, power=0.9, hold: int = 1) -> Callable:
+  """base * (1 - step / total_steps) ** power, constant over every `hold` steps; as cosine_schedule otherwise."""
+  def schedule(step):
+    xp, step = (jnp, step.astype(float)) if isinstance(step, jax.Array) else (np, np.asarray(step, np.float64))
+    return base * (1 - xp.clip(xp.floor(step / hold) * hold / total_steps, 0., 1.))**power
+  return schedule
+
+
+def constant_schedule(value) -> Callable:
+  """As cosine_schedule, but always the same."""
+  return lambda step: (jnp if isinstance(step, jax.Array) else np).full((), value)
+
+
 def leaf_name(path) -> str:
   """Key path of jax.tree_util -> 'backbone/transformer/.../kernel'."""
   return '/'.join(str(getattr(k, 'key', getattr(k, 'name', getattr(k, 'idx', k)))) for k in path)
@@ -64,13 +77,14 @@ class Optimiser(NamedTuple):
 
 
 def adamw(group_of: Callable[[str], str], *, clip: float = 0., clip_mode: str = 'global',
-          b1=0.9, b2=0.999, eps=1e-8) -> Optimiser:
+          b1=0.9, b2=0.999, eps=1e-8, rate: Callable[[str], float] = lambda group: 1.) -> Optimiser:
   """AdamW per group.
 
   Args:
     group_of: parameter name -> group; the group 'fixed' is never trained and has no state.
     clip: largest gradient norm, before the moments; 0 = off.
     clip_mode: 'global' = one norm over all groups that train; 'per_tensor'.
+    rate: group -> factor of the learning rate (and so of the decay).
 
   `update` takes modes {group: SKIP | ZERO | TRAIN} (traceable), lr and wd scalars, and returns
   also {group: gradient norm before clipping}.
@@ -98,7 +112,7 @@ def adamw(group_of: Callable[[str], str], *, clip: float = 0., clip_mode: str = 
       given = {n: jnp.where(mode == TRAIN, x, jnp.zeros_like(x)) for n, x in groups[g].items()}
       direction, state = adam.update(given, old)
       for n, p in tensors[g].items():
-        step = lr * (direction[n] + (wd * p if decays(n, p) else 0.))
+        step = rate(g) * lr * (direction[n] + (wd * p if decays(n, p) else 0.))
         new_params[n] = jnp.where(active, p - step.astype(p.dtype), p)
       new_state[g] = jax.tree.map(lambda new, was, on=active: jnp.where(on, new, was), state, old)
     merged = jax.tree_util.tree_map_with_path(lambda path, p: new_params.get(leaf_name(path), p), params)

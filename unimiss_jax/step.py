@@ -10,13 +10,18 @@ from unimiss_jax.state import TrainState
 
 
 def schedules(config, method):
-  """Learning rate (scaled by the batch) and weight decay per step."""
+  """Learning rate (scaled by the batch) and weight decay, as functions of the step."""
   o = config.optim
   batch = config.batch.ct if config.phases.ct else config.batch.xray
   lr = o.lr * batch / o.lr_reference_batch if o.lr_reference_batch else o.lr
   warm = int(round(o.warmup_epochs * method.steps_per_epoch))
-  return (optim.cosine_schedule(lr, o.min_lr, method.total_steps, min(warm, method.total_steps - 1)),
-          optim.cosine_schedule(o.weight_decay, o.weight_decay_end, method.total_steps, 0))
+  if o.schedule == 'cosine':
+    rates = optim.cosine_schedule(lr, o.min_lr, method.total_steps, min(warm, method.total_steps - 1))
+  elif o.schedule == 'poly':
+    rates = optim.poly_schedule(lr, method.total_steps, hold=method.steps_per_epoch if o.schedule_unit == 'epoch' else 1)
+  else:
+    rates = optim.constant_schedule(lr)
+  return rates, optim.cosine_schedule(o.weight_decay, o.weight_decay_end, method.total_steps, 0)
 
 
 def make_init(config, method, optimiser):

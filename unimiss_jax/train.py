@@ -8,13 +8,15 @@ import contextlib
 import ctypes
 import logging
 import sys
+import time
 from concurrent import futures
 
 import jax
 import numpy as np
 
-from data_pipelines import evalset, files, manifest, streams
-from unimiss_jax import checkpoint, init_from, optim, processes, sharding, step, validate, workdir
+from data_pipelines import cases, evalset, files, manifest, streams
+from unimiss_jax import checkpoint, final_test, init_from, optim, processes, sharding, step, validate, workdir
+from unimiss_jax.best import Best
 from unimiss_jax.lifeline import Lifeline
 from unimiss_jax.methods import base
 from unimiss_jax.mirror import Mirror
@@ -104,7 +106,7 @@ class Run:
 
   def __init__(self, config, folder, mirror, resume):
     self.config, self.folder, self.mirror = config, folder, mirror
-    self.main = processes.main()
+    self.main, self.began = processes.main(), time.monotonic()
     self.writer = None
     self.mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp)
     self.streams = processes.together(
@@ -115,24 +117,26 @@ class Run:
     self.method = validate.made(base.make, config, {n: (s.records, s.spec) for n, s in self.streams.items()})
     validate.check_method(config, self.method)
     self.total = self.method.total_steps
-    self.optimiser = optim.adamw(self.method.groups, clip=config.optim.clip, clip_mode=config.optim.clip_mode)
+    self.optimiser = optim.adamw(self.method.groups, clip=config.optim.clip, clip_mode=config.optim.clip_mode,
+                                 eps=config.optim.eps, rate=self.method.rate)
 
     init = step.make_init(config, self.method, self.optimiser)
     key = jax.random.key(config.seed)
     abstract = jax.eval_shape(init, key, {})
     placed = sharding.shardings(abstract, self.mesh)
     self.checkpoints = checkpoint.Checkpoints(checkpoint.absolute(folder) / 'checkpoints', config.checkpoint.keep)
-    self.best = checkpoint.Checkpoints(checkpoint.absolute(folder) / 'best', 1) if config.eval.select else None
-    template = checkpoint.template(abstract, placed)
-    self.record = self.best_so_far() if self.best and self.main else None
+    self.best = Best(checkpoint.absolute(folder) / 'best', config.eval) if config.eval.select else None
+    self.template = template = checkpoint.template(abstract, placed)
     restored = self.checkpoints.restore(template, resume == 'strict',
                                         self.refusal if resume != 'force' else lambda meta: None)
     processes.on_main(lambda: workdir.keep_records(folder, {n: s.listing() for n, s in self.streams.items()}))
     if restored is None:
       given = init_from.read(config, abstract.params) if config.init_from else {}
+      self.loaded = len(given), len(jax.tree.leaves(abstract.params))
       self.state = jax.jit(init, out_shardings=placed)(key, given)
     else:
       state, meta = restored
+      self.loaded = meta.get('loaded', (0, 0))
       self.state = own(state)
       for name, stream in self.streams.items():
         stream.seek(meta['positions'].get(name, 0))      # --resume=force may have turned a stream on
@@ -170,6 +174,7 @@ class Run:
     """The loop from where the state stands; returns the exit code."""
     config, total = self.config, self.total
     start = int(self.state.step)
+    over = lambda at: bool(self.best) and self.best.exhausted(at)
     if self.main:
       self.writer = Writer(self.mirror.local, start, config.log.tensorboard)
     self.describe()
@@ -187,7 +192,7 @@ class Run:
     trim_memory()
     fetcher = futures.ThreadPoolExecutor(1)     # draws the next batch while the device works
     batch = self.take(plan[start]) if start < total else None
-    for i in range(start, total):
+    for i in range(start, start if over(start) else total):
       name, after = plan[i], i + 1
       positions = {n: s.position() for n, s in self.streams.items()}
       with Stopwatch() as whole:
@@ -206,6 +211,9 @@ class Run:
         self.skipped(i, name, metrics)
       if last or config.eval.every and after % config.eval.every == 0:
         self.evaluate(after, positions)
+        if not last and over(after):
+          logging.info('%s did not rise in %d evaluations: the run ends', config.eval.select, config.eval.patience)
+          last = True
       if last or config.log.images_every and after % config.log.images_every == 0:
         self.pictures(after)
       if last or asked or after % config.checkpoint.every == 0:
@@ -215,9 +223,13 @@ class Run:
         logging.info('%s: saved step %d; the same command continues from there', asked, after)
         return preempt_exit_code
       watchdog.alive()
+      if last:
+        break
     self.checkpoints.wait()
     if self.best:
-      self.best.wait()
+      self.best.checkpoints.wait()
+    if 'task' in config:
+      self.test(watchdog)
     self.mirror.flush()
     if self.main:
       workdir.finish(self.folder, config)
@@ -269,34 +281,26 @@ class Run:
     logging.info('eval step %d on %s (%s): %s', at, self.observer.evalset.name, clock(watch.seconds),
                  ', '.join(f'{k[5:]} {v:.3f}' for k, v in short.items()))
     if positions is not None and self.best:
-      self.keep_best(at, positions, values)
+      self.best.offer(at, self.state, values, self.about(positions))
 
-  def keep_best(self, at, positions, values):
-    """A checkpoint in best/ if eval.select rose; process 0 decides for all."""
-    name = self.config.eval.select
-    value = values.get(name)
-    if value is None:
-      logging.warning('eval.select="%s" is not among the scores (%s): no best checkpoint is kept', name,
-                      ', '.join(values) or 'none')
-    rose = lambda: value is not None and (self.record is None or value > self.record) and at not in self.best.steps()
-    if processes.on_main(rose):
-      self.record = value
-      self.best.save(at, self.state, self.about(positions) | {'select': name, 'value': value})
-
-  def best_so_far(self) -> float | None:
-    """The score of best/, if it is of the kind that eval.select names."""
-    try:
-      meta = self.best.meta(self.best.steps()[-1])
-      return meta['value'] if meta['select'] == self.config.eval.select else None
-    except Exception:      # none yet, or torn
-      return None
+  def test(self, watchdog):
+    """The best weights, or the last ones, on the test split."""
+    restored = self.best.restore(self.template) if self.best else None
+    state = restored[0] if restored else self.state
+    test = cases.of(self.config, 'test')
+    watchdog.alive()
+    about = {'step': int(state.step), 'loaded': list(self.loaded), 'parameters': parameters(state.params),
+             'seconds': time.monotonic() - self.began}
+    final_test.run(self.config, self.observer.logits(state, test), cases.of(self.config, 'train'), test, about,
+                   self.mirror.local if self.main else None)
 
   def pictures(self, at: int):
     reconstructions = self.observer.reconstructions(self.state)
     if self.main:
       made = self.observer.sheets(self.mirror.local, at, reconstructions)
-      self.writer.write_images(at, {f'sheets/{name}': image for name, (_, image) in made.items()})
-      logging.info('pictures: %s', ', '.join(path for path, _ in made.values()))
+      if made:
+        self.writer.write_images(at, {f'sheets/{name}': image for name, (_, image) in made.items()})
+        logging.info('pictures: %s', ', '.join(path for path, _ in made.values()))
 
   def save(self, at: int, positions):
     self.mirror.flush()
@@ -308,7 +312,7 @@ class Run:
   def about(self, positions) -> dict:
     """What a checkpoint says of itself."""
     return {'format': 1, 'positions': positions, 'records': self.records,
-            'config_hash': workdir.config_hash(self.config), 'versions': workdir.versions()}
+            'config_hash': workdir.config_hash(self.config), 'versions': workdir.versions(), 'loaded': self.loaded}
 
   def end(self, checkpoints):
     try:
@@ -320,7 +324,7 @@ class Run:
     """Ends threads. With wait, what was being saved is saved, whatever else went wrong; without other processes that
     take part it cannot be."""
     with contextlib.ExitStack() as stack:
-      for checkpoints in (self.checkpoints, self.best):
+      for checkpoints in (self.checkpoints, self.best and self.best.checkpoints):
         if checkpoints and wait:
           stack.callback(self.end, checkpoints)
       for stream in self.streams.values():

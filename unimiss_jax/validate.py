@@ -31,13 +31,20 @@ CHOICES = {
     'pos_resize': ('grid', 'flat_zoom'),
     'init_branch': ('', 'student', 'teacher'),
     'optim.name': ('adamw',),
+    'optim.schedule': ('cosine', 'poly', 'constant'),
+    'optim.schedule_unit': ('step', 'epoch'),
     'optim.clip_mode': ('global', 'per_tensor'),
     'optim.freeze_3d': ('mask', 'zero_grad', 'none'),
     'loss.center_updates': ('once', 'sequential'),
     'loss.slice_intensity': ('raw', 'minmax'),
+    'task.kind': ('cls', 'seg'),
+    'task.features': ('cls', 'mean', 'both'),
+    'task.dice': ('soft', 'hard_no_grad'),
+    'task.test_view': ('centre', 'windows', 'whole', 'tencrop'),
 }
+PARTS = ('encoder', 'decoder', 'head')
 STREAMS = ('ct', 'xray')
-TASKS = ('knn', 'retrieval')
+TASKS = ('knn', 'retrieval', 'cls', 'seg')
 MOST_PHANTOMS = 1_000_000     # of the range that is kept for development
 PAIRS = ('precrop', 'scale', 'noise_std', 'blur_sigma', 'blur_p', 'blur_unit_p', 'mul', 'mul_p', 'add_p', 'add_unit_p',
          'contrast_p', 'gamma', 'gamma_p', 'ratio')
@@ -47,6 +54,15 @@ def leaf(config, path: str):
   for part in path.split('.'):
     config = config[part]
   return config
+
+
+def has(config, path: str) -> bool:
+  """Whether a method's config has a leaf."""
+  for part in path.split('.'):
+    if part not in config:
+      return False
+    config = config[part]
+  return True
 
 
 def streams(config) -> tuple[str, ...]:
@@ -59,8 +75,7 @@ def validate(config) -> None:
   if not config.method or importlib.util.find_spec(f'unimiss_jax.methods.{config.method}') is None:
     raise ConfigError(f'method "{config.method}" unknown: use a config file of configs/')
   for path, allowed in CHOICES.items():
-    section, _, name = path.rpartition('.')
-    if name in (leaf(config, section) if section else config) and (value := leaf(config, path)) not in allowed:
+    if has(config, path) and (value := leaf(config, path)) not in allowed:
       raise ConfigError(f'{path}="{value}" unknown: use one of {", ".join(allowed)}')
   if bool(config.steps) == bool(config.epochs) or min(config.steps, config.epochs) < 0:
     raise ConfigError(f'steps={config.steps}, epochs={config.epochs}: exactly one of the two must be positive; '
@@ -76,10 +91,10 @@ def validate(config) -> None:
       raise ConfigError(f'batch.{s}={config.batch[s]}: must be at least 1, or set phases.{s}=0')
   for path in ('checkpoint.every', 'checkpoint.keep', 'log.every', 'optim.accum', 'optim.max_skipped',
                'data.phantom_records', 'data.views_per_read', 'loss.slices'):
-    if leaf(config, path) < 1:
+    if has(config, path) and leaf(config, path) < 1:
       raise ConfigError(f'{path}={leaf(config, path)}: must be at least 1')
   for path in ('log.watchdog_min', 'log.images_every', 'eval.every', 'data.workers', 'optim.clip',
-               'optim.warmup_epochs'):
+               'optim.warmup_epochs', 'eval.patience'):
     if leaf(config, path) < 0:
       raise ConfigError(f'{path}={leaf(config, path)}: must be at least 0')
   if unknown := set(config.eval.tasks) - set(TASKS):
@@ -92,7 +107,31 @@ def validate(config) -> None:
         raise ConfigError(f'views.{section}.{name}={tuple(config.views[section][name])}: needs two numbers')
   if not 0 < config.eval.fit < config.eval.records:
     raise ConfigError(f'eval.fit={config.eval.fit}: must lie between 0 and eval.records={config.eval.records}')
+  if unknown := set(config.init_parts) - set(PARTS):
+    raise ConfigError(f'init_parts: "{min(unknown)}" unknown: use some of {", ".join(PARTS)}')
+  if 'task' in config:
+    _task(config)
   _model(config)
+
+
+def _task(config) -> None:
+  task, data = config.task, config.data
+  if len(streams(config)) != 1:
+    raise ConfigError('a task learns from one kind of image: set one of phases.ct and phases.xray to 0')
+  if not 0 < data.label_fraction <= 1:
+    raise ConfigError(f'data.label_fraction={data.label_fraction}: must lie in (0, 1]')
+  if data.ct or data.xray:
+    raise ConfigError('data.ct and data.xray have no labels: name a labelled data.manifest')
+  if task.kind == 'seg' and config.phases.ct and config.views.ct.extent != 'output':
+    raise ConfigError(f'views.ct.extent="{config.views.ct.extent}": a segmentation of volumes cuts patches, use output')
+  if task.threshold and len(task.classes) != 1:
+    raise ConfigError(f'task.threshold={task.threshold}: for one class, task.classes has {len(task.classes)}')
+  if task.mask_values and len(task.mask_values) != len(task.classes):
+    raise ConfigError(f'task.mask_values has {len(task.mask_values)} entries, task.classes {len(task.classes)}: one for each')
+  if not 0 <= task.overlap < 1 or not 0 <= task.foreground <= 1:
+    raise ConfigError(f'task.overlap={task.overlap}, task.foreground={task.foreground}: shares, below 1')
+  if min(task.phantoms) < 1 or len(task.phantoms) != 3:
+    raise ConfigError(f'task.phantoms={tuple(task.phantoms)}: needs three numbers, training, validation, test')
 
 
 def _model(config) -> None:
@@ -119,7 +158,7 @@ def _model(config) -> None:
   sizes = {'model.image_size': (m.image_size,) * 2, 'model.volume_size': m.volume_size,
            'views.ct.size': config.views.ct.size, 'views.drr.size': (config.views.drr.size,) * 2,
            'views.xray.size': (config.views.xray.size,) * 2}
-  if config.phases.ct and config.loss.slice:
+  if config.phases.ct and has(config, 'loss.slice') and config.loss.slice:
     sizes['views.ct.size (its slices enter the 2D branch, loss.slice > 0)'] = config.views.ct.size[1:]
   for path, size in sizes.items():
     try:

@@ -23,9 +23,9 @@ from data_pipelines.phantom import chest as body
 from data_pipelines.phantom import frame, organs, parenchyma, skeleton
 from data_pipelines.phantom.chest import ORGANS
 from data_pipelines.phantom.dictation import report
-from data_pipelines.phantom.radiograph import xray
+from data_pipelines.phantom.radiograph import outlines, xray
 
-__all__ = ['FINDINGS', 'INDICES', 'ORGANS', 'Phantom', 'make', 'report', 'xray']
+__all__ = ['FINDINGS', 'INDICES', 'ORGANS', 'Phantom', 'make', 'outlines', 'report', 'xray']
 
 FINDINGS = ('nodule', 'effusion_side', 'consolidation_lobe', 'consolidation_side', 'cardiomegaly', 'scoliosis',
             'reticular')

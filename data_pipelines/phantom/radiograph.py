@@ -19,7 +19,8 @@ def xray(phantom, seed: int, index: int, size: int = 128) -> np.ndarray:
     uint8 `[size, size]`.
   """
   rng = np.random.default_rng([seed, index, 1])
-  depth = line_integral(phantom, rng.uniform(.2, 1.0), rng.uniform(270, 320), size)
+  bone, field_mm = _beam(rng)
+  depth = line_integral(phantom, bone, field_mm, size)
   depth **= rng.uniform(.8, 1.)                                      # beam hardening
   signal = np.exp(-depth)
   scatter = ndimage.gaussian_filter(signal, size * rng.uniform(.05, .12))
@@ -34,14 +35,39 @@ def xray(phantom, seed: int, index: int, size: int = 128) -> np.ndarray:
   return np.round(image * 255).astype(np.uint8)
 
 
+def outlines(phantom, seed: int, index: int, organs, size: int = 128) -> np.ndarray:
+  """Where organs lie in the radiograph that `xray` makes of the same patient.
+
+  Args:
+    organs: for each outline, the values of `phantom.organs` that belong to it.
+
+  Returns:
+    uint8 `[size, size, len(organs)]`, 1 where a ray meets the organ; outlines overlap as in any projection.
+  """
+  _, field_mm = _beam(np.random.default_rng([seed, index, 1]))
+  out = [onto_film(np.isin(phantom.organs, values).sum(1).astype(np.float32), phantom.spacing_mm, field_mm, size)
+         for values in organs]
+  return (np.stack(out, -1) >= .5).astype(np.uint8)
+
+
+def _beam(rng) -> tuple[float, float]:
+  """Extra attenuation of bone, and width of the field in mm: the first numbers that are drawn."""
+  return rng.uniform(.2, 1.0), rng.uniform(270, 320)
+
+
 def line_integral(phantom, bone: float, field_mm: float, size: int) -> np.ndarray:
   """Attenuation along frontal rays, `[size, size]`; `bone` = extra attenuation of mineral (lower energies)."""
   hu = phantom.hu.astype(np.float32)
   mu = np.maximum(hu + 1000, 0)
   mu += np.float32(bone) * np.maximum(hu - 120, 0)
   path = mu.sum(1) * np.float32(2e-5 * phantom.spacing_mm[1])        # [S, R]
+  return onto_film(path, phantom.spacing_mm, field_mm, size)
+
+
+def onto_film(path, spacing_mm, field_mm: float, size: int) -> np.ndarray:
+  """Sums along frontal rays [S, R] -> `[size, size]`, row 0 superior, column 0 the patient's right."""
   ticks = ((np.arange(size) + .5) / size - .5) * field_mm
-  rows, cols = (-ticks / s + (n - 1) / 2 for s, n in zip(phantom.spacing_mm[::2], path.shape))
+  rows, cols = (-ticks / s + (n - 1) / 2 for s, n in zip(spacing_mm[::2], path.shape))
   return lerp(rows, path.shape[0]) @ path @ lerp(cols, path.shape[1]).T
 
 

@@ -3,6 +3,8 @@ import importlib
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
+import jax
+
 
 class Aux(NamedTuple):
   """What a loss hands out beside its value."""
@@ -30,8 +32,22 @@ class Method(NamedTuple):
   predict: Mapping[str, Callable]   # 'embed', ...: (weights, extra, batch) -> arrays
   total_steps: int
   steps_per_epoch: int
+  rate: Callable = lambda group: 1.    # group -> factor of the learning rate
 
 
 def make(config, data) -> Method:
   """The method that config.method names. data: {stream: (number of records, {field: (shape, dtype)})}."""
   return importlib.import_module(f'unimiss_jax.methods.{config.method}').make(config, data)
+
+
+def view_keys(rng, n):
+  """rng [B, 2] uint32, one key per record -> [B * n] keys, sample-major, one per view of it."""
+  keys = jax.random.wrap_key_data(rng, impl='threefry2x32')
+  return jax.vmap(lambda k: jax.random.split(k, n))(keys).reshape(-1)
+
+
+def weighted(terms, mean, metrics):
+  """{name: (weight, value)} -> loss = sum of weight * value, and Aux with every part."""
+  total = sum(w * v for w, v in terms.values())
+  parts = {f'train/{k}': v for k, (_, v) in terms.items()}
+  return total, Aux(mean, {}, {'train/loss': total} | parts | metrics)

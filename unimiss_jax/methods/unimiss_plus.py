@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from unimiss_jax import models
 from unimiss_jax.losses import collapse, contrastive, distillation, reconstruction
 from unimiss_jax.methods import alternation
-from unimiss_jax.methods.base import Aux, Method, Phase
+from unimiss_jax.methods.base import Aux, Method, Phase, view_keys, weighted
 from unimiss_jax.models.heads import DINOHead
 from unimiss_jax.optim import SKIP, TRAIN, ZERO, cosine_schedule
 
@@ -209,12 +209,6 @@ def make(config, data) -> Method:
       total_steps=total, steps_per_epoch=steps_per_epoch)
 
 
-def view_keys(rng, n):
-  """rng [B, 2] uint32, one key per record -> [B * n] keys, sample-major, one per view of it."""
-  keys = jax.random.wrap_key_data(rng, impl='threefry2x32')
-  return jax.vmap(lambda k: jax.random.split(k, n))(keys).reshape(-1)
-
-
 def embedding_health(e):
   """Scalars of embeddings [B, 2, E]."""
   flat = jax.lax.stop_gradient(e.reshape(-1, e.shape[-1]))
@@ -228,13 +222,6 @@ def check_terms(loss, phases) -> None:
     if phases[phase] and not any(loss[t] for t in terms):
       raise ValueError(f'phases.{phase}={phases[phase]}, but none of its losses is on ({", ".join(terms)} are all 0): '
                        f'give loss.{terms[0]} a weight, or set phases.{phase}=0')
-
-
-def weighted(terms, mean, metrics):
-  """{name: (weight, value)} -> loss = sum of weight * value, and Aux with every part."""
-  total = sum(w * v for w, v in terms.values())
-  parts = {f'train/{k}': v for k, (_, v) in terms.items()}
-  return total, Aux(mean, {}, {'train/loss': total} | parts | metrics)
 
 
 def of_xray(metrics) -> dict:

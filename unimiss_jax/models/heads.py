@@ -1,4 +1,7 @@
-"""The projection head of DINO (Caron et al., ICCV 2021): MLP, L2 norm, weight-normed prototypes of fixed length 1."""
+"""Heads on a backbone: projection of DINO (Caron et al., ICCV 2021), classifier, segmentation at several resolutions.
+
+The projection: MLP, L2 norm, weight-normed prototypes of fixed length 1.
+"""
 from __future__ import annotations
 
 from typing import Any
@@ -7,7 +10,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from unimiss_jax.models.layers import gelu, wide
+from unimiss_jax.models.layers import gelu, layer_norm, wide
 
 LINEAR_INITS = {'released': nn.initializers.normal(0.02),
                 'fan_in': nn.initializers.variance_scaling(1.0, 'fan_in', 'normal')}
@@ -61,3 +64,50 @@ class Prototypes(nn.Module):
     z = z / jnp.sqrt(jnp.maximum((z * z).sum(-1, keepdims=True), 1e-24))       # z / max(|z|, 1e-12), finite at 0
     w = jax.lax.stop_gradient(g) * v / jnp.linalg.norm(v, axis=-1, keepdims=True)
     return z @ w.T
+
+
+class Classifier(nn.Module):
+  """(embedding [B, E], map [B, *S, E]) -> logits [B, C].
+
+  Attributes:
+    classes: C.
+    features: 'cls' = the embedding as it is; 'mean' = mean of the map; 'both' = one LayerNorm on the embedding and on
+      every position of the map, then the mean of the logits of the embedding and of the mean position (the released
+      code of the RICORD task).
+    dtype: of the run; logits are never narrower than float32.
+  """
+  classes: int
+  features: str = 'cls'
+  dtype: Any = jnp.float32
+
+  @nn.compact
+  def __call__(self, embedding, features):
+    linear = nn.Dense(self.classes, kernel_init=LINEAR_INITS['released'], param_dtype=wide(self.dtype), name='linear')
+    x = widened(embedding)
+    tokens = widened(features.reshape(features.shape[0], -1, features.shape[-1]))
+    if self.features == 'both':
+      norm = layer_norm(1e-6, wide(self.dtype), 'norm')
+      return (linear(norm(x)) + linear(norm(tokens).mean(1))) / 2
+    return linear(x if self.features == 'cls' else tokens.mean(1))
+
+
+class Segmenter(nn.Module):
+  """Decoder maps, coarsest first -> logits [B, *S, K] of each, finest first; those that no loss looks at are not built.
+
+  Attributes:
+    outputs: K.
+    levels: how many of the finest maps have a head of their own.
+    dtype: of the run; logits are never narrower than float32.
+  """
+  outputs: int
+  levels: int = 1
+  dtype: Any = jnp.float32
+
+  @nn.compact
+  def __call__(self, maps):
+    return [nn.Dense(self.outputs, kernel_init=LINEAR_INITS['fan_in'], param_dtype=wide(self.dtype),
+                     name=f'level_{i}')(widened(x)) for i, x in enumerate(maps[::-1][:self.levels])]
+
+
+def widened(x):
+  return x.astype(wide(x.dtype))

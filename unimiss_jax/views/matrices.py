@@ -44,6 +44,13 @@ def resize(kind: str, start, size, length: int, out: int, flip=False):
   raise ValueError(f'resize "{kind}" unknown: use linear, area or bicubic')
 
 
+def nearest(start, size, length: int, out: int, flip=False) -> np.ndarray:
+  """Index `[out]` of the sample in which the centre of each output of `resize` lies, -1 beyond the axis; for labels."""
+  center = (np.arange(out) + .5) * (size / out)
+  at = np.floor(start + (size - center if flip else center)).astype(int)
+  return np.where((at >= 0) & (at < length), at, -1)
+
+
 def blur(sigma, length: int, radius: int, edge: str, truncate: float = np.inf):
   """Matrices `[n, length, length]` of normalised Gaussian filters.
 

@@ -1,0 +1,152 @@
+"""From a labelled record to what a network is given: the random view it learns from, and the views it is tested by."""
+import itertools
+
+import numpy as np
+
+from data_pipelines import draw, labelled, sample
+from unimiss_jax.views import image, matrices, volume
+
+
+def view(name: str, record: dict, config, rng) -> dict:
+  """One random view of a labelled record.
+
+  Args:
+    name: 'ct' or 'xray'.
+    record: as labelled.source gives it.
+    config: the run config; reads views, task.
+    rng: np.random.Generator.
+
+  Returns:
+    {'ct': [1, D, H, W, 1] or 'xray': [1, h, w, 3] float32, and 'label' [C] float32 or 'mask' uint8 [*S] or [*S, C]}.
+  """
+  if name == 'ct':
+    shape = record['volume'].shape
+    params = draw.ct_view(rng, config, shape, _focus(rng, record, config.task))['ct']
+    made = _volumes(record, params, config)
+  else:
+    shape = record['image'].shape
+    params = draw.xray_view(rng, config, shape)['xray']
+    made = _pictures(record, params, config)
+  if config.task.kind == 'cls':
+    return {name: made, 'label': record['label']}
+  return {name: made, 'mask': cut(record['mask'], {k: v[0] for k, v in params.items()}, made.shape[1:-1])}
+
+
+def cut(mask: np.ndarray, params: dict, size) -> np.ndarray:
+  """The box of a mask [*S, ...] as a view of `size` shows it: the label at the centre of each pixel, 0 outside."""
+  for axis, m in enumerate(size):
+    at = matrices.nearest(params['box_start'][axis], params['box_size'][axis], mask.shape[axis], m,
+                          params['flip'][axis])
+    mask = mask.take(at, axis)
+    mask[(slice(None),) * axis + (at < 0,)] = 0
+  return mask
+
+
+def _focus(rng, record, task):
+  """Voxel that a patch must hold: of a random class of the mask, in a share task.foreground of the patches."""
+  if task.kind == 'cls' or rng.random() >= task.foreground:
+    return None
+  flat = record['mask'].reshape(*record['mask'].shape[:3], -1)
+  present = np.unique(flat)[1:] if task.exclusive else np.flatnonzero(flat.any((0, 1, 2)))
+  if not len(present):
+    return None
+  chosen = rng.choice(present)
+  where = np.flatnonzero(flat[..., 0] == chosen if task.exclusive else flat[..., chosen])
+  return np.unravel_index(where[rng.integers(len(where))], flat.shape[:3])
+
+
+def _volumes(record, params, config) -> np.ndarray:    # [V, D, H, W, 1]
+  x = np.stack([volume.view(record['volume'], p, config.views.ct) for p in sample.each(params)])[..., None]
+  return _normalised(x, config.task, volume.SCALE)
+
+
+def _pictures(record, params, config) -> np.ndarray:   # [V, h, w, 3]
+  x = np.stack([image.view(record['image'], p, config.views.xray) for p in sample.each(params)])[..., None]
+  return np.repeat(_normalised(x, config.task, 1.), 3, -1)
+
+
+def _normalised(x, task, scale: float):
+  """(value - mean) / std, values in HU for volumes and of [0, 1] for pictures; `scale` = value of 1 in x."""
+  low, high = task.clip
+  if high > low:
+    x = np.clip(x, low / scale, high / scale)
+  mean, std = task.normalise
+  return ((x - mean / scale) / (std / scale)).astype(np.float32) if std else x
+
+
+# ---- tests
+
+def of(config, split: str):
+  """The cases of the split of a task. Raises DataError."""
+  return Cases('ct' if config.phases.ct else 'xray', config, split)
+
+
+class Cases:
+  """The patients of one split, one after the other.
+
+  Attributes:
+    classes: names.
+    stream: 'ct' or 'xray'.
+    size: [D, H, W] or [h, w] of what the network is given.
+  """
+
+  def __init__(self, stream: str, config, split: str):
+    self.stream, self.config, self.name = stream, config, f'{split} cases'
+    self.source = labelled.source(stream, config, split)
+    self.classes, self.groups = self.source.classes, self.source.groups()
+    self.size = tuple(config.views.ct.size) if stream == 'ct' else (config.views.xray.size,) * 2
+
+  def __len__(self):
+    return len(self.source)
+
+  @property
+  def digest(self) -> str:
+    return self.source.digest
+
+  def record(self, i: int) -> dict:
+    return self.source[i]
+
+  def views(self, record) -> np.ndarray:
+    """What a case is classified by: [V, *size, C]; the mean over the views counts."""
+    return self._of_volume(record) if self.stream == 'ct' else self._of_picture(record)
+
+  def working(self, record) -> np.ndarray:
+    """What a case is segmented on: [D, H, W, 1] at task.spacing_mm, or the whole picture as [*size, 3]."""
+    if self.stream == 'xray':
+      return _pictures(record, draw.xray_whole(record['image'].shape)['xray'], self.config)[0]
+    return _normalised(record['volume'][..., None] / np.float32(volume.SCALE), self.config.task, volume.SCALE)
+
+  def _of_volume(self, record):
+    shape, cfg = record['volume'].shape, self.config.views.ct
+    params = draw.ct_centre(self.config, shape, record['spacing_mm'])['ct']
+    if cfg.extent == 'output' and self.config.task.test_view == 'windows':
+      starts = [_starts(n, m) for n, m in zip(shape, cfg.size)]
+      corners = np.array(list(itertools.product(*starts)), np.float32)
+      params = {k: np.repeat(v, len(corners), 0) for k, v in params.items()} | {'box_start': corners}
+    return _volumes(record, params, self.config)
+
+  def _of_picture(self, record):
+    shape, how = record['image'].shape, self.config.task.test_view
+    if how == 'centre':
+      return _pictures(record, draw.xray_centre(self.config, shape)['xray'], self.config)
+    params = draw.xray_whole(shape)['xray']
+    if how != 'tencrop':
+      return _pictures(record, params, self.config)
+    flips = np.array(list(itertools.product((False, True), repeat=2)))       # 5 crops x 4 flips: 20 distinct views
+    wide = np.round(np.array(shape) * (self.size[0] / TEN_CROP_OF))          # whole pixels, as bicubic wants them
+    corners = [np.floor(np.multiply(at, shape - wide)) for at in ((0, 0), (0, 1), (1, 0), (1, 1), (.5, .5))]
+    params = {k: np.repeat(v, 20, 0) for k, v in params.items()}
+    params |= {'box_start': np.repeat(np.array(corners, np.float32), 4, 0), 'flip': np.tile(flips, (5, 1)),
+               'box_size': np.repeat(wide[None].astype(np.float32), 20, 0)}
+    return _pictures(record, params, self.config)
+
+
+TEN_CROP_OF = 256.      # pixels of the picture that crops of views.xray.size are cut from
+
+
+def _starts(length: int, window: int) -> list[int]:
+  """First voxels of windows that overlap by half and cover an axis; of a shorter axis one, in its middle."""
+  if length <= window:
+    return [-((window - length) // 2)]
+  count = -(-(length - window) // max(window // 2, 1)) + 1
+  return [round(i * (length - window) / (count - 1)) for i in range(count)]
