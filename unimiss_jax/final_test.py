@@ -12,9 +12,10 @@ import numpy as np
 
 from unimiss_jax import workdir
 from unimiss_jax.evals import controls, supervised
+from unimiss_jax.report import case_sheet, sheets
 
-ROW_LEAVES = ('init_from', 'init_branch', 'init_parts', 'init_allow', 'pos_resize', 'seed', 'task.frozen', 'task.encoder_rate', 'optim.layer_decay',
-              'data.label_fraction')      # what rows of a comparison may differ in
+ROW_LEAVES = ('init_from', 'init_branch', 'init_parts', 'init_allow', 'pos_resize', 'seed', 'task.frozen',
+              'task.encoder_rate', 'optim.layer_decay', 'data.label_fraction')    # rows of a comparison may differ in them
 
 
 def recipe_hash(config) -> str:
@@ -52,7 +53,26 @@ def run(config, logits, fit, cases, about: dict, folder, write=None) -> dict:
   if folder:
     place = folder / 'eval'
     place.mkdir(parents=True, exist_ok=True)
+    if task.kind == 'seg':
+      _sheet(logits, cases, outcome.table, task).save(place / 'cases.png')
     with (place / 'test.npz').open('wb') as f:
       np.savez(f, **outcome.table)
     (place / 'test.json').write_text(json.dumps(found, indent=1))
   return found
+
+
+def _sheet(logits, cases, table, task):
+  """Best, median and worst case by mean Dice."""
+  rows = []
+  for name, i in case_sheet.ranks(table['dice'].mean(1)):
+    record = cases.record(i)
+    mask, image = record['mask'], record['image' if 'image' in record else 'volume']
+    predicted = supervised.label_map(supervised.window(logits, cases, record, task), mask.shape, task.exclusive)
+    rows.append((f'{name}: {table["id"][i]}, Dice {table["dice"][i].mean():.3f}', sheets.grey(image, *_window(image)),
+                 mask, predicted, record.get('spacing_mm')))
+  return case_sheet.segmentation(rows, cases.classes, task.exclusive)
+
+
+def _window(image) -> tuple:
+  """Grey values shown as black and white: all of a picture, soft tissue and lung of a CT."""
+  return (0, np.iinfo(image.dtype).max) if image.ndim == 2 else (-1000, 600)
