@@ -25,8 +25,8 @@ FINDINGS = ('effusion_side', 'consolidation_lobe', 'consolidation_side', 'cardio
 
 def get_config(arg: str | None = None) -> ConfigDict:
   preset, given = common.parse_arg(arg, PHANTOM + GENERIC + PROTOCOLS, quirks=0)
-  kind, dims = {'ricord': ('cls', 3), 'chestxr': ('cls', 2), 'jsrt': ('seg', 2), 'bcv': ('seg', 3)}.get(
-      preset, (preset[-5:-2], int(preset[-2])))
+  name = {'ricord': 'cls3d', 'chestxr': 'cls2d', 'jsrt': 'seg2d', 'bcv': 'seg3d'}.get(preset, preset)
+  kind, dims = name[-5:-2], int(name[-2])
   c = base(kind, dims)
   c.preset = preset
   if preset in PHANTOM:
@@ -85,7 +85,8 @@ def phantom(c: ConfigDict) -> None:
   demo = unimiss_plus.get_config('phantom')
   c.model.update(demo.model)
   size = demo.views.ct.size
-  c.views.ct.update(dict(size=size, noise_std=(0., 0.05), blur_sigma=(0.3, 1.0), mul=(0.85, 1.15), contrast=(.85, 1.15)))
+  c.views.ct.update(dict(size=size, noise_std=(0., 0.05), blur_sigma=(0.3, 1.0), mul=(0.85, 1.15),
+                         contrast=(0.85, 1.15)))
   c.views.xray.update(dict(size=demo.views.xray.size, noise_std=(0., 0.03), gamma=(0.7, 1.4), gamma_p=(1., 1.)))
   if c.task.kind == 'cls':
     c.task.classes = FINDINGS
@@ -106,7 +107,8 @@ def ricord(c: ConfigDict, quirks: bool) -> None:
   Not reproduced: elastic deformation and rotation of the released augmentation."""
   c.task.update(dict(classes=('class_0', 'class_1'), exclusive=True, features='both', spacing_mm=(2., 2., 2.),
                      clip=(-1024., 325.), normalise=(158.58, 324.70), test_view='whole'))
-  c.views.ct.update(dict(size=(64, 128, 128), extent='record', scale=(0.6, 1.0), flip_p=0.5, pad_hu=0 if quirks else -1024))
+  c.views.ct.update(dict(size=(64, 128, 128), extent='record', scale=(0.6, 1.0), flip_p=0.5,
+                         pad_hu=0 if quirks else -1024))
   c.steps, c.epochs, c.eval.every = 200 * 73, 0, 73     # 582 samples an "epoch"
   c.eval.patience = 0 if quirks else 30
   c.eval.select = '' if quirks else 'eval/auroc'        # quirk: the last weights are tested, not the best
@@ -149,6 +151,6 @@ def bcv(c: ConfigDict, quirks: bool) -> None:
   c.model.update(dict(cls_token=False, volume_size=(48, 192, 192), decoder_drop_path=0.))
   c.steps, c.eval.every = 100 * 250, 250
   c.batch.ct = 2
-  c.optim.update(dict(lr=1e-4, schedule='poly', schedule_unit='epoch', weight_decay=3e-5, weight_decay_end=3e-5, clip=12.,
-                      layer_decay=1.))
+  c.optim.update(dict(lr=1e-4, schedule='poly', schedule_unit='epoch', weight_decay=3e-5, weight_decay_end=3e-5,
+                      clip=12., layer_decay=1.))
   c.init_parts = ('encoder',)

@@ -1,9 +1,13 @@
 """From a labelled record to what a network is given: the random view it learns from, and the views it is tested by."""
 import itertools
+import os
+import re
 
 import numpy as np
+from etils import epath
+from PIL import Image
 
-from data_pipelines import draw, labelled, sample
+from data_pipelines import draw, labelled, nifti, sample
 from unimiss_jax.views import image, matrices, volume
 
 
@@ -115,6 +119,20 @@ class Cases:
     if self.stream == 'xray':
       return _pictures(record, draw.xray_whole(record['image'].shape)['xray'], self.config)[0]
     return _normalised(record['volume'][..., None] / np.float32(volume.SCALE), self.config.task, volume.SCALE)
+
+  def save(self, i: int, labels: np.ndarray, folder) -> None:
+    """Writes a predicted label map beside the others: NIfTI on the grid of the scan's file, PNG on the pixels of the
+    picture's file; a file for each class where they are not exclusive. Raises DataError."""
+    name = re.sub(r'[^\w.-]+', '_', self.source.listing()[i]['id'])
+    parts = {'': labels} if self.config.task.exclusive else {
+        f'_{c}': labels[..., k] for k, c in enumerate(self.classes)}
+    epath.Path(folder).mkdir(parents=True, exist_ok=True)
+    for end, part in parts.items():
+      path = os.path.join(folder, name + end)
+      if self.stream == 'ct':
+        nifti.write(f'{path}.nii.gz', part, self.source.grid(i))
+      else:
+        Image.fromarray(labelled.shrunk(part, self.source.grid(i))).save(f'{path}.png')
 
   def _of_volume(self, record):
     shape, cfg = record['volume'].shape, self.config.views.ct

@@ -13,6 +13,7 @@ import numpy as np
 from data_pipelines import files, fractions, images, judgement, manifest, phantom, readers, tiles
 from data_pipelines.errors import DataError
 from data_pipelines.sources import Cache, _digest
+from data_pipelines.volume import Volume
 from unimiss_jax.views import matrices
 
 KINDS = {'ct': 'volume', 'xray': 'image'}      # stream -> kind of a row
@@ -68,7 +69,8 @@ class Phantoms(_Labelled):
     self.classes = tuple(config.task.classes) or phantom.FINDINGS
     known = phantom.FINDINGS if config.task.kind == 'cls' else phantom.ORGANS if name == 'ct' else tuple(OUTLINES)
     if unknown := [c for c in self.classes if c not in known]:
-      raise DataError('LABEL', 'phantoms', f'task.classes: "{unknown[0]}" is not drawn', f'use some of {", ".join(known)}')
+      raise DataError('LABEL', 'phantoms', f'task.classes: "{unknown[0]}" is not drawn',
+                      f'use some of {", ".join(known)}')
     super().__init__(name, config, split, [str(i) for i in self.indices], [''] * len(self.indices))
 
   def listing(self) -> list[dict]:
@@ -76,6 +78,13 @@ class Phantoms(_Labelled):
 
   def groups(self) -> list[str]:
     return [str(self.indices[j]) for j in self.chosen]
+
+  def grid(self, i: int):
+    """Where a prediction is written: the Volume of a scan, (height, width) of a picture."""
+    if self.name == 'xray':
+      return self.make(self.chosen[i])['image'].shape
+    made = phantom.make(self.config.seed, self.indices[self.chosen[i]])
+    return Volume(made.hu, made.spacing_mm, made.affine, {})
 
   def make(self, j: int) -> dict:
     index, seed, task = self.indices[j], self.config.seed, self.task
@@ -111,7 +120,7 @@ class Rows(_Labelled):
     field = 'label' if config.task.kind == 'cls' else 'mask'
     if lacking := [r['id'] for r in self.rows if field not in r]:
       raise DataError('LABEL', self.path, f'{len(lacking)} rows of split {split} have no {field}: '
-                      f'{", ".join(lacking[:4])}', f'give them one, or "status": "excluded"')
+                      f'{", ".join(lacking[:4])}', 'give them one, or "status": "excluded"')
     self.classes = tuple(config.task.classes)
     if field == 'label':
       self.classes = self.classes or tuple(sorted({k for r in every for k in r.get('label', ())}))
@@ -129,9 +138,14 @@ class Rows(_Labelled):
   def groups(self) -> list[str]:
     return [self.rows[j]['group'] for j in self.chosen]
 
-  def row(self, i: int) -> dict:
-    """The row of the manifest of record i."""
-    return self.rows[self.chosen[i]]
+  def grid(self, i: int):
+    """As Phantoms.grid, of the file."""
+    path = self.rows[self.chosen[i]]['path']
+    if self.name == 'ct':
+      return readers.volume(path, oblique='refuse')
+    picture = readers.image(path)
+    width, height = picture.meta['size']      # as stored; EXIF may have turned it
+    return (height, width) if (height < width) == (picture.array.shape[0] < picture.array.shape[1]) else (width, height)
 
   def make(self, j: int) -> dict:
     row = self.rows[j]
@@ -168,7 +182,8 @@ class Rows(_Labelled):
       return out if not task.exclusive else np.where(out.any(-1), out.argmax(-1) + 1, 0).astype(np.uint8)
     if (wrong := np.setdiff1d(mask, np.arange(n + 1))).size:
       raise DataError('MASK_VALUE', path, f'holds {", ".join(f"{v:g}" for v in wrong[:6])}, expected 0 to {n} '
-                      f'({", ".join(self.classes)})', 'set task.mask_values (which values each class has) or task.threshold')
+                      f'({", ".join(self.classes)})',
+                      'set task.mask_values (which values each class has) or task.threshold')
     mask = mask.astype(np.uint8)
     return mask if task.exclusive else (mask[..., None] == np.arange(1, n + 1)).astype(np.uint8)
 
@@ -195,7 +210,8 @@ class Rows(_Labelled):
         else:
           kept.append(row)
     if not kept:
-      raise DataError('SPLIT_EMPTY', self.path, f'{split}: none of {len(self.rows)} files is usable', 'see the lines above')
+      raise DataError('SPLIT_EMPTY', self.path, f'{split}: none of {len(self.rows)} files is usable',
+                      'see the lines above')
     self.rows = kept
 
 

@@ -15,7 +15,7 @@ from unimiss_jax.evals import controls, supervised
 from unimiss_jax.report import case_sheet, sheets
 
 ROW_LEAVES = ('init_from', 'init_branch', 'init_parts', 'init_allow', 'pos_resize', 'seed', 'task.frozen',
-              'task.encoder_rate', 'optim.layer_decay', 'data.label_fraction')    # rows of a comparison may differ in them
+              'task.encoder_rate', 'optim.layer_decay', 'data.label_fraction')    # what rows may differ in
 
 
 def recipe_hash(config) -> str:

@@ -291,8 +291,10 @@ class Run:
     watchdog.alive()
     about = {'step': int(state.step), 'loaded': list(self.loaded), 'parameters': parameters(state.params),
              'seconds': time.monotonic() - self.began}
-    final_test.run(self.config, self.observer.logits(state, test), cases.of(self.config, 'train'), test, about,
-                   self.mirror.local if self.main else None)
+    local = self.mirror.local if self.main else None
+    save = lambda i, labels: test.save(i, labels, local / 'eval' / 'predictions')
+    final_test.run(self.config, self.observer.logits(state, test), cases.of(self.config, 'train'), test, about, local,
+                   save if self.config.eval.save else None)
 
   def pictures(self, at: int):
     reconstructions = self.observer.reconstructions(self.state)

@@ -127,7 +127,8 @@ def _task(config) -> None:
   if task.threshold and len(task.classes) != 1:
     raise ConfigError(f'task.threshold={task.threshold}: for one class, task.classes has {len(task.classes)}')
   if task.mask_values and len(task.mask_values) != len(task.classes):
-    raise ConfigError(f'task.mask_values has {len(task.mask_values)} entries, task.classes {len(task.classes)}: one for each')
+    raise ConfigError(f'task.mask_values has {len(task.mask_values)} entries, task.classes {len(task.classes)}: '
+                      'one for each')
   if not 0 <= task.overlap < 1 or not 0 <= task.foreground <= 1:
     raise ConfigError(f'task.overlap={task.overlap}, task.foreground={task.foreground}: shares, below 1')
   if min(task.phantoms) < 1 or len(task.phantoms) != 3:

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 
 from unimiss_jax import models
 from unimiss_jax.losses import classification, segmentation
-from unimiss_jax.methods.base import Aux, Method, Phase, view_keys, weighted
+from unimiss_jax.methods.base import Method, Phase, view_keys, weighted
 from unimiss_jax.models.heads import Classifier, Segmenter
 from unimiss_jax.optim import TRAIN
 
