@@ -233,6 +233,22 @@ def test_leaves_that_no_row_declares_must_be_equal(tmp_path):
     tabled(tmp_path, leaves=leaves)
 
 
+def test_a_draft_of_failures_alone_names_them(tmp_path):
+  run = results.place(tmp_path, 'scratch', 1., 0)
+  run.mkdir(parents=True)
+  (run / 'FAILED').write_text('FAILED scratch seed 0 at step 3: why\n')
+  assert '- FAILED scratch seed 0 at step 3: why' in '\n'.join(tabled(tmp_path, draft=True))
+  with pytest.raises(results.ComparisonError, match='results of toy refused: f1: no run is finished'):
+    tabled(tmp_path)
+
+
+def test_without_the_base_row_a_draft_shows_no_difference(tmp_path):
+  for row in ('untrained', 'pretrained'):
+    finish(tmp_path, row, 0)
+  tabled(tmp_path, draft=True)
+  assert [r['difference'] for r in lines(tmp_path)] == [''] * 4
+
+
 def test_every_fraction_has_its_table(tmp_path):
   three_rows(tmp_path)
   three_rows(tmp_path, fraction=.05)
@@ -254,7 +270,8 @@ def test_without_matplotlib_one_line_says_so(tmp_path, monkeypatch):
   monkeypatch.setitem(sys.modules, 'matplotlib', None)
   monkeypatch.setitem(sys.modules, 'matplotlib.figure', None)
   three_rows(tmp_path)
-  assert tabled(tmp_path)[-1] == 'results.png needs matplotlib. FIX: pip install -e ".[report]"'
+  assert tabled(tmp_path)[-2:] == ['results.png needs matplotlib. FIX: pip install -e ".[report]"',
+                                   f'{tmp_path}: results.md, results.csv']
   assert (tmp_path / 'results.md').exists() and not (tmp_path / 'results.png').exists()
 
 

@@ -126,7 +126,7 @@ def plan(grids, out, given, common, seeds=(), fractions=()) -> list[Run]:
         print(f'{name}: row {row} left out: no --{lost[0]}', flush=True)
       else:
         rows[row] = {k: str(given[_hole(v)] if _hole(v) else v) for k, v in leaves.items()}
-    own = {'seed', *(['data.label_fraction'] if shares else []), *(k for r in rows.values() for k in r)}
+    own = {'seed', *(['data.label_fraction'] if shares else []), *(k for r in grid['rows'].values() for k in r)}
     if clash := sorted(own & common.keys()):
       raise SweepError(f'--config.{clash[0]} would make rows of {name} equal: the grid sets this leaf itself')
     for fraction in shares or (1.,):
@@ -213,7 +213,9 @@ def work(todo: list[Run], jobs: int) -> tuple[int, signal.Signals | None]:
           failed += 1
           board.ended(f'FAILED {run.row} seed {run.seed} at step {last_step(run)}: a process of an earlier call still '
                       f'works in {run.folder}')
-      for _ in asked[told:]:
+      for number in asked[told:]:
+        board.clear()
+        print(f'{number.name}: {len(children)} runs {"are killed" if told else "save and end"}', flush=True)
         for child in children:
           (child.process.kill if told else child.process.terminate)()
         told += 1
@@ -227,6 +229,8 @@ def work(todo: list[Run], jobs: int) -> tuple[int, signal.Signals | None]:
         board.ended(line)
       board.show(children)
   finally:
+    for child in children:      # an error of ours
+      child.process.terminate()
     for s, handler in former.items():
       signal.signal(s, handler)
     board.clear()

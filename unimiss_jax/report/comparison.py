@@ -17,6 +17,7 @@ from unimiss_jax.evals.knn import auroc
 from unimiss_jax.report.results import CONTROLS, ComparisonError, Runs, lacking, same_cases
 
 DRAWS = 1000
+SHOWN = 4      # faults in a message
 NOT = 'not reportable'
 HOW = ('Mean ± standard deviation over seeds. Differences: over the seeds that both rows have; the interval comes from '
        f'{DRAWS} draws of the groups of test cases and says nothing of the spread between trainings.')
@@ -57,7 +58,8 @@ def write(folder, grid: str, parts: list[Runs], draft: bool = False) -> list[str
     (folder / name).unlink(missing_ok=True)
   faults = [f'f{p.fraction:g}: {fault}' for p in parts for fault in lacking(p)]
   if faults and not draft:
-    raise ComparisonError(f'results of {grid} refused: {"; ".join(faults)}. FIX: run what lacks, or --draft to see it')
+    told = '; '.join(faults[:SHOWN]) + (f' and {len(faults) - SHOWN} more' if len(faults) > SHOWN else '')
+    raise ComparisonError(f'results of {grid} refused: {told}. FIX: run what lacks, or --draft to see it')
   tables = [(p, rows(p)) for p in parts if p.main() or p.failed]
   if not tables:
     raise ComparisonError(f'results of {grid}: {"; ".join(faults)}')
@@ -65,26 +67,25 @@ def write(folder, grid: str, parts: list[Runs], draft: bool = False) -> list[str
   text = markdown(title, tables, faults)
   (folder / 'results.md').write_text(text)
   (folder / 'results.csv').write_text(table(grid, tables, not faults))
-  made = list(FILES[:2])
+  lines = [text.partition('\n## All scores')[0].strip()]
   try:
-    image = picture(title, tables)
+    if any(found for _, found in tables):
+      (folder / 'results.png').write_bytes(picture(title, tables))
   except ImportError:
-    missing = 'results.png needs matplotlib. FIX: pip install -e ".[report]"'
-  else:
-    (folder / 'results.png').write_bytes(image)
-    made, missing = list(FILES), ''
-  return [text.partition('\n## All scores')[0].strip(), f'{folder}: {", ".join(made)}', *filter(None, [missing])]
+    lines += ['results.png needs matplotlib. FIX: pip install -e ".[report]"']
+  return lines + [f'{folder}: {", ".join(f for f in FILES if (folder / f).exists())}']
 
 
 def rows(runs: Runs) -> list[Row]:
   """Controls, then the rows of the grid in its order."""
-  base = runs.rows.get(runs.base) or next((r for r in runs.rows.values() if r), {})
+  base = runs.rows.get(runs.base, {})
+  controlled = base or next((r for r in runs.rows.values() if r), {})
   out = []
   for control, name in CONTROLS.items():
     scores = _by_score([{k.partition('/')[2]: v for k, v in r.about['control'].items()
-                         if k.startswith(f'{control}/')} for r in base.values()])
+                         if k.startswith(f'{control}/')} for _, r in sorted(controlled.items())])
     if scores:
-      out.append(Row(name, sorted(base), scores))
+      out.append(Row(name, sorted(controlled), scores))
   for name, seeds in runs.rows.items():
     found = [seeds[s] for s in sorted(seeds)]
     if found:

@@ -66,14 +66,15 @@ def read(folder, leaves: dict, base: str, fraction: float) -> Runs:
   out = Runs(fraction, {}, leaves, base, [], [])
   for row in leaves:
     runs = place(folder, row, fraction, 0).parent
-    for run in sorted(runs.glob('s*'), key=lambda p: int(p.name[1:])) if runs.exists() else ():
-      found = out.rows.setdefault(row, {})
+    seeds = sorted(int(p.name[1:]) for p in runs.glob('s*') if p.name[1:].isdigit()) if runs.exists() else ()
+    for seed in seeds:
+      run, found = runs / f's{seed}', out.rows.setdefault(row, {})
       if (run / 'DONE').exists():
-        found[int(run.name[1:])] = _result(run)
+        found[seed] = _result(run)
       elif (run / 'FAILED').exists():
         out.failed.append((run / 'FAILED').read_text().strip())
       else:
-        out.unfinished.append(f'{row} seed {run.name[1:]}')
+        out.unfinished.append(f'{row} seed {seed}')
   return out
 
 
