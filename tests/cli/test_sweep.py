@@ -8,7 +8,7 @@ import statistics
 import subprocess
 import sys
 import time
-from threading import Timer
+from threading import Thread
 
 import numpy as np
 import pytest
@@ -319,6 +319,7 @@ GRIDS = {
 @pytest.fixture
 def project(tmp_path, monkeypatch):
   monkeypatch.chdir(tmp_path)
+  monkeypatch.setattr(sweep, 'POLL_S', .02)
   (tmp_path / 'configs').mkdir()
   (tmp_path / 'main.py').write_text(MAIN)
   np.savez(tmp_path / 'cases.npz', id=np.array(list('abcd')), group=np.array(list('abcd')), exclusive=False,
@@ -367,10 +368,13 @@ def test_a_child_is_told_all_that_makes_its_run(project, capsys):
 
 def test_a_terminal_sees_the_steps_of_what_runs(project, capsys, monkeypatch):
   monkeypatch.setattr(sys.stdout, 'isatty', lambda: True, raising=False)
-  monkeypatch.setattr(sweep, 'POLL_S', .02)
   (project / 'wait').touch()
-  end = Timer(1., (project / 'wait').unlink)
-  end.start()
+
+  def go_on():
+    until(lambda: waits(project / 'runs/toy/scratch/f0.05/s0'))
+    time.sleep(1)
+    (project / 'wait').unlink()
+  Thread(target=go_on).start()
   assert sweep.main(['--grid=toy', '--out=runs', '--seeds=0', '--draft']) == 0
   assert re.search(r'\r0/2 done \| 0:0\d, left 0:0\d \| scratch f0.05 s0 step 2/4\x1b\[K', capsys.readouterr().out)
 
@@ -415,9 +419,9 @@ def until(happened, timeout=60):
     time.sleep(.02)
 
 
-def waits(project) -> bool:
-  """Whether the first run has taken its second step, after which it waits."""
-  file = project / 'runs/breaks/scratch/f1/s0/metrics.jsonl'
+def waits(run) -> bool:
+  """Whether a run has taken its second step, after which it waits."""
+  file = run / 'metrics.jsonl'
   return file.exists() and len(file.read_text().splitlines()) == 2
 
 
@@ -425,7 +429,7 @@ def test_killed_it_goes_on_and_never_beside_a_child_that_lives(project, capsys):
   (project / 'mended').touch()
   (project / 'wait').touch()
   parent = started(project)
-  until(lambda: waits(project))
+  until(lambda: waits(project / 'runs/breaks/scratch/f1/s0'))
   parent.kill()
   parent.communicate()
   (project / 'configs/comparison.py').write_text(GRIDS.replace("'bad': {'broken': True}, ", ''))
@@ -443,7 +447,7 @@ def test_a_signal_lets_the_children_save_and_the_same_command_goes_on(project, c
   (project / 'mended').touch()
   (project / 'wait').touch()
   parent = started(project)
-  until(lambda: waits(project))
+  until(lambda: waits(project / 'runs/breaks/scratch/f1/s0'))
   parent.send_signal(signal.SIGTERM)
   out, _ = parent.communicate(timeout=60)
   assert parent.returncode == 0 and 'SIGTERM: stopped; the same command goes on' in out, out

@@ -156,8 +156,8 @@ def markdown(title: str, tables, faults=()) -> str:
     heading, main = f'{100 * runs.fraction:g} % of the labels', runs.main()
     lines += [f'## {heading}', '']
     if found:
-      head = ['row', 'seeds', main, 'single values', f'difference to {runs.base} [95 %]', 's', 'CPU s', 'steps',
-              'loaded']
+      head = ['row', 'seeds', main, 'single values', f'difference to {runs.base} [95 %]', 's', 'CPU s',
+              'tested step', 'loaded']
       lines += _grid(head, [_cells(row, main) for row in found])
       names = list(dict.fromkeys(k for row in found for k in row.scores))
       details += [f'### {heading}', '']
@@ -201,7 +201,7 @@ def table(grid: str, tables, reportable: bool) -> str:
   out = io.StringIO()
   w = csv.writer(out, lineterminator='\n')
   w.writerow(['grid', 'reportable', 'fraction', 'row', 'score', 'n', 'mean', 'sd', 'values', 'seeds', 'difference',
-              'low', 'high', 'seconds', 'cpu_seconds', 'steps', 'loaded', 'weights'])
+              'low', 'high', 'seconds', 'cpu_seconds', 'step', 'loaded', 'weights'])
   for runs, found in tables:
     for row in found:
       for name, values in row.scores.items():
