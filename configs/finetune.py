@@ -60,6 +60,7 @@ def base(kind: str, dims: int) -> ConfigDict:
       test_view='centre',         # cls: centre | windows (3D, extent=output) | whole | tencrop (2D)
       overlap=0.5, mirror=False,  # seg: of the sliding window; all mirror images are averaged
       phantoms=(400, 100, 200),   # patients of the embedded benchmark: training, validation, test
+      world=0,                    # seed of these patients: runs of other seeds learn from and are tested on the same
   ))
   c.eval.tasks = (kind,)
   c.eval.select = 'eval/auroc' if kind == 'cls' else 'eval/dice'

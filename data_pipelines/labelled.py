@@ -74,7 +74,7 @@ class Phantoms(_Labelled):
     super().__init__(name, config, split, [str(i) for i in self.indices], [''] * len(self.indices))
 
   def listing(self) -> list[dict]:
-    return [{'id': f'phantom {self.indices[j]} of seed {self.config.seed}'} for j in self.chosen]
+    return [{'id': f'phantom {self.indices[j]} of seed {self.task.world}'} for j in self.chosen]
 
   def groups(self) -> list[str]:
     return [str(self.indices[j]) for j in self.chosen]
@@ -83,11 +83,11 @@ class Phantoms(_Labelled):
     """Where a prediction is written: the Volume of a scan, (height, width) of a picture."""
     if self.name == 'xray':
       return self.make(self.chosen[i])['image'].shape
-    made = phantom.make(self.config.seed, self.indices[self.chosen[i]])
+    made = phantom.make(self.task.world, self.indices[self.chosen[i]])
     return Volume(made.hu, made.spacing_mm, made.affine, {})
 
   def make(self, j: int) -> dict:
-    index, seed, task = self.indices[j], self.config.seed, self.task
+    index, seed, task = self.indices[j], self.task.world, self.task
     made = phantom.make(seed, index)
     record = {'name': f'phantom {index}', 'group': j, 'spacing_mm': made.spacing_mm}
     record |= {'volume': made.hu} if self.name == 'ct' else {'image': phantom.xray(made, seed, index)}

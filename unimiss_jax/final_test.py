@@ -13,13 +13,11 @@ import numpy as np
 from unimiss_jax import workdir
 from unimiss_jax.evals import controls, supervised
 from unimiss_jax.report import case_sheet, sheets
-
-ROW_LEAVES = ('init_from', 'init_branch', 'init_parts', 'init_allow', 'pos_resize', 'seed', 'task.frozen',
-              'task.encoder_rate', 'optim.layer_decay', 'data.label_fraction')    # what rows may differ in
+from unimiss_jax.report.results import ROW_LEAVES
 
 
 def recipe_hash(config) -> str:
-  """Of all leaves that rows of one comparison must share."""
+  """Of all leaves that rows of one comparison must share: all but ROW_LEAVES."""
   leaves = {k: v for k, v in workdir.binding(workdir.flat(config.to_dict())).items() if k not in ROW_LEAVES}
   return hashlib.blake2b(json.dumps(leaves, sort_keys=True, default=str).encode(), digest_size=8).hexdigest()
 
