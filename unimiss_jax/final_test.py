@@ -11,7 +11,7 @@ import time
 import numpy as np
 
 from unimiss_jax import workdir
-from unimiss_jax.evals import controls, supervised
+from unimiss_jax.evals import bootstrap, classification, controls, supervised
 from unimiss_jax.report import case_sheet, sheets
 from unimiss_jax.report.results import ROW_LEAVES
 
@@ -44,10 +44,15 @@ def run(config, logits, fit, cases, about: dict, folder, write=None) -> dict:
   main = 'auroc' if task.kind == 'cls' else 'dice'
   logging.info('test on %d cases (%.0f s): %s %.3f | chance %.3f | raw pixels %.3f', len(cases), time.time() - started,
                main, outcome.scores[main], control[f'chance/{main}'], control[f'raw/{main}'])
+  column, score = ((outcome.table['probability'], lambda p, t: classification.scores(p, t, task.exclusive)[main])
+                   if task.kind == 'cls' else (outcome.table['dice'], lambda d, t: np.nanmean(d)))
+  low, high = bootstrap.interval(score, column, outcome.table.get('truth', column), groups=outcome.table['group'])
+  logging.info('95 %% interval over the test cases: %s %.3f to %.3f', main, low, high)
   found = {'task': config.preset, 'kind': task.kind, 'init_from': config.init_from, 'frozen': bool(task.frozen),
            'seed': config.seed, 'fraction': config.data.label_fraction, 'cases': len(cases), 'fit': len(fit),
            'classes': list(cases.classes), 'split_hash': cases.digest, 'recipe_hash': recipe_hash(config),
-           'cpu_seconds': time.process_time(), 'scores': outcome.scores, 'control': control} | about
+           'cpu_seconds': time.process_time(), 'interval': {main: [low, high]},
+           'scores': outcome.scores, 'control': control} | about
   if folder:
     place = folder / 'eval'
     place.mkdir(parents=True, exist_ok=True)

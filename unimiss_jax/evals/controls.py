@@ -19,15 +19,12 @@ def classify(fit, cases, exclusive: bool) -> dict[str, float]:
   (x, y), (test, truth) = _pixels(fit), _pixels(cases)
   known = np.where(y < 0, np.nan, y)
   share = np.nan_to_num(np.nanmean(known, 0), nan=.5)
-  score = lambda p: classification.scores(p, np.where(truth < 0, np.nan, truth), _kind(exclusive))
+  truth = np.where(truth < 0, np.nan, truth)
+  score = lambda p: classification.scores(p, truth, exclusive, cases.classes)
   constant = np.broadcast_to(share, (len(test), len(share)))
   z = probe.ridge(x, known, test)
   raw = supervised.probabilities(4 * z, exclusive)      # a regression of -1 and 1 has no scale of its own
   return {f'chance/{k}': v for k, v in score(constant).items()} | {f'raw/{k}': v for k, v in score(raw).items()}
-
-
-def _kind(exclusive: bool) -> str:
-  return 'multiclass' if exclusive else 'multilabel'
 
 
 def _pixels(cases) -> tuple:

@@ -44,8 +44,7 @@ def classify(logits, cases, exclusive: bool) -> Outcome:
     if views >= ROWS or i + 1 == len(cases):
       flush()
   probability, truth = np.array(found), np.array(truth)
-  kind = 'multiclass' if exclusive else 'multilabel'
-  return Outcome(classification.scores(probability, truth, kind), _rows(cases) | {
+  return Outcome(classification.scores(probability, truth, exclusive, cases.classes), _rows(cases) | {
       'probability': probability, 'truth': truth, 'exclusive': np.array(exclusive)})
 
 
@@ -86,7 +85,7 @@ def truth(record) -> np.ndarray:
 
 
 def label_map(probability, shape, exclusive: bool) -> np.ndarray:
-  """[*S, K] on one grid -> labels as of data_pipelines.labelled on the grid [*shape], linear between, plane by plane."""
+  """[*S, K] on one grid -> labels as of data_pipelines.labelled on the grid [*shape]; linear, plane by plane."""
   n = len(shape) if exclusive else len(shape) - 1
   size = shape[:n]
   maps = [matrices.resize('linear', 0, a, a, b) for a, b in zip(probability.shape, size)]

@@ -5,8 +5,8 @@ from PIL import Image, ImageDraw
 from unimiss_jax.report import sheets
 
 SIDE = 224          # pixels, longest side of a picture
-COLOURS = ((230, 60, 60), (70, 140, 240), (250, 190, 40), (90, 200, 120), (200, 100, 220), (60, 200, 210), (240, 130, 50),
-           (150, 170, 60), (250, 120, 170), (130, 110, 240))
+COLOURS = ((230, 60, 60), (70, 140, 240), (250, 190, 40), (90, 200, 120), (200, 100, 220), (60, 200, 210),
+           (240, 130, 50), (150, 170, 60), (250, 120, 170), (130, 110, 240))
 
 
 def ranks(scores) -> list[tuple[str, int]]:

@@ -13,10 +13,10 @@ from typing import NamedTuple
 import numpy as np
 from etils import epath
 
+from unimiss_jax.evals.bootstrap import DRAWS, paired
 from unimiss_jax.evals.knn import auroc
 from unimiss_jax.report.results import CONTROLS, ComparisonError, Runs, lacking, same_cases
 
-DRAWS = 1000
 SHOWN = 4      # faults in a message
 NOT = 'not reportable'
 HOW = ('Mean ± standard deviation over seeds. Differences: over the seeds that both rows have; the interval comes from '
@@ -115,22 +115,6 @@ def difference(a: dict, b: dict) -> tuple[float, float, float] | None:
   over_seeds = lambda x, truth: np.mean([metric(x[:, i], truth) for i in range(len(seeds))])
   truth = first.cases.get('truth', np.zeros(len(first.cases['id'])))
   return paired(over_seeds, *values, truth, first.cases['group'], DRAWS, 0)
-
-
-def paired(metric, a, b, truth, groups, n: int, seed: int) -> tuple[float, float, float]:
-  """metric(a, truth) - metric(b, truth) with its 95 % percentile bootstrap interval over groups.
-
-  Args:
-    a, b, truth: [N, ...] of the same cases. groups: [N]; a group is drawn with all its cases. n: draws.
-  """
-  _, group = np.unique(groups, return_inverse=True)
-  members = [np.flatnonzero(group == g) for g in range(group.max() + 1)]
-  rng = np.random.default_rng(seed)
-  drawn = []
-  for _ in range(n):
-    i = np.concatenate([members[g] for g in rng.integers(len(members), size=len(members))])
-    drawn.append(metric(a[i], truth[i]) - metric(b[i], truth[i]))
-  return float(metric(a, truth) - metric(b, truth)), *map(float, np.nanquantile(drawn, (.025, .975)))
 
 
 def _auroc(probability, truth) -> float:
