@@ -5,6 +5,7 @@ cross-validated squared error (ridge) or log loss (logistic), for each label by 
 does not count for it. What is tested is never looked at.
 """
 import numpy as np
+from scipy import linalg
 from scipy.optimize import minimize
 from scipy.special import expit
 
@@ -61,16 +62,11 @@ def _ridge(x, y, z, best, strengths) -> np.ndarray:
 
 
 def _path(x, y, z, strengths) -> list:
-  """Predictions [M, C] for every strength, from one decomposition of the smaller Gram matrix."""
+  """Predictions [M, C] for every strength, from the smaller of the two Gram matrices."""
   mean_x, mean_y = x.mean(0), y.mean(0)
   x, y, z = x - mean_x, y - mean_y, z - mean_x
-  if len(x) <= x.shape[1]:
-    values, q = np.linalg.eigh(x @ x.T)
-    left, right = z @ x.T @ q, q.T @ y
-  else:
-    values, q = np.linalg.eigh(x.T @ x)
-    left, right = z @ q, q.T @ (x.T @ y)
-  return [left @ (right / (np.maximum(values, 0) + s)[:, None]) + mean_y for s in strengths]
+  left, gram, right = (z @ x.T, x @ x.T, y) if len(x) <= x.shape[1] else (z, x.T @ x, x.T @ y)
+  return [left @ linalg.solve(gram + s * np.eye(len(gram)), right, assume_a='pos') + mean_y for s in strengths]
 
 
 def logistic(fit, labels, test, strengths=STRENGTHS, folds: int = FOLDS, seed: int = 0) -> np.ndarray:
