@@ -66,7 +66,11 @@ def _path(x, y, z, strengths) -> list:
   mean_x, mean_y = x.mean(0), y.mean(0)
   x, y, z = x - mean_x, y - mean_y, z - mean_x
   left, gram, right = (z @ x.T, x @ x.T, y) if len(x) <= x.shape[1] else (z, x.T @ x, x.T @ y)
-  return [left @ linalg.solve(gram + s * np.eye(len(gram)), right, assume_a='pos') + mean_y for s in strengths]
+  out = []
+  for s in strengths:
+    lower = linalg.cholesky(gram + s * np.eye(len(gram)), lower=True, check_finite=False)
+    out.append(left @ linalg.cho_solve((lower, True), right, check_finite=False) + mean_y)
+  return out
 
 
 def logistic(fit, labels, test, strengths=STRENGTHS, folds: int = FOLDS, seed: int = 0) -> np.ndarray:
