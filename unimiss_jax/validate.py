@@ -13,7 +13,7 @@ class ConfigError(ValueError):
 
 CHOICES = {
     'phases.unit': ('epoch', 'step', 'joint'),
-    'data.modality': ('ct',),
+    'data.modality': ('ct', 'mr', 'other'),
     'data.on_bad_file': ('skip', 'stop'),
     'views.ct.extent': ('output', 'record'),
     'views.ct.resize': ('linear', 'area'),
@@ -38,6 +38,7 @@ CHOICES = {
 }
 STREAMS = ('ct', 'xray')
 TASKS = ('knn', 'retrieval')
+DRR_LOSSES = ('drr', 'recon_drr', 'pair_nce')
 MOST_PHANTOMS = 1_000_000     # of the range that is kept for development
 PAIRS = ('precrop', 'scale', 'noise_std', 'blur_sigma', 'blur_p', 'blur_unit_p', 'mul', 'mul_p', 'add_p', 'add_unit_p',
          'contrast_p', 'gamma', 'gamma_p', 'ratio')
@@ -92,7 +93,30 @@ def validate(config) -> None:
         raise ConfigError(f'views.{section}.{name}={tuple(config.views[section][name])}: needs two numbers')
   if not 0 < config.eval.fit < config.eval.records:
     raise ConfigError(f'eval.fit={config.eval.fit}: must lie between 0 and eval.records={config.eval.records}')
+  _modality(config)
   _model(config)
+
+
+def _modality(config) -> None:
+  """What is no CT has no HU, so no DRR, and its sequences are the channels of the model."""
+  data, channels = config.data, tuple(config.model.in_channels)
+  count = len([end for end in data.sequences.split(',') if end.strip()])
+  if len(channels) != 2 or channels[0] != 3 or channels[1] < 1:
+    raise ConfigError(f'model.in_channels={channels}: images have 3 channels, volumes one for each sequence; use (3, '
+                      f'{count or 1})')
+  if data.modality == 'ct' and (count or channels[1] > 1):
+    raise ConfigError(f'data.sequences="{data.sequences}", model.in_channels={channels}: CT has one sequence; use '
+                      'data.modality=mr, or data.sequences="" and model.in_channels=(3, 1)')
+  if count and count != channels[1]:
+    raise ConfigError(f'data.sequences="{data.sequences}" names {count}, model.in_channels={channels}: use '
+                      f'model.in_channels=(3, {count})')
+  if data.modality == 'ct' or not config.phases.ct:
+    return
+  if on := [f'loss.{name}={config.loss[name]:g}' for name in DRR_LOSSES if config.loss.get(name)]:
+    raise ConfigError(f'{", ".join(on)}: DRR are made from HU, which data.modality={data.modality} has not; set '
+                      f'{" and ".join(term.partition("=")[0] for term in on)} to 0')
+  if not data.ct:
+    raise ConfigError(f'data.modality={data.modality} with data.ct="": phantoms are CT; name a folder in data.ct')
 
 
 def _model(config) -> None:
@@ -151,6 +175,17 @@ def check_devices(config, devices: int) -> None:
       what = f'{devices} devices' + (f' x {config.optim.accum} micro-batches' if config.optim.accum > 1 else '')
       use = f'{low} or {low + n}' if low else f'{n}'
       raise ConfigError(f'batch.{s}={b} not divisible by {what}: use {use}')
+
+
+def check_channels(config, spec: dict) -> None:
+  """The volumes have as many sequences as the model has channels.
+
+  Args:
+    spec: {stream: {field: (shape, dtype)}} of one row.
+  """
+  if 'ct' in spec and (count := spec['ct']['ct'][0][-1]) != config.model.in_channels[1]:
+    raise ConfigError(f'model.in_channels={tuple(config.model.in_channels)}: the volumes of data.ct have {count} '
+                      f'sequence{"s" * (count > 1)}; use model.in_channels=(3, {count})')
 
 
 def check_method(config, method) -> None:
