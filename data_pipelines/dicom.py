@@ -215,7 +215,7 @@ def _places(along: np.ndarray, resample_gaps: bool, path: str, warnings: list) -
   """Sorted positions in mm -> in steps from the first one: 0, 1, 2, ... where all distances are equal.
 
   Else, with resample_gaps, in steps of nearly the regular distance of which a whole number leads to the last slice.
-  What is no farther from a whole number than slices of a regular series may be counts as there.
+  A slice that is no farther from a whole number than those of a regular series may be counts as lying there.
 
   Raises:
     DataError: DUP_POSITION SLICE_GAP.
