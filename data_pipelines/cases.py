@@ -21,10 +21,10 @@ def view(name: str, record: dict, config, rng) -> dict:
     rng: np.random.Generator.
 
   Returns:
-    {'ct': [1, D, H, W, 1] or 'xray': [1, h, w, 3] float32, and 'label' [C] float32 or 'mask' uint8 [*S] or [*S, C]}.
+    {'ct': [1, D, H, W, C] or 'xray': [1, h, w, 3] float32, and 'label' [C] float32 or 'mask' uint8 [*S] or [*S, C]}.
   """
   if name == 'ct':
-    shape = record['volume'].shape
+    shape = record['volume'].shape[-3:]
     params = draw.ct_view(rng, config, shape, _focus(rng, record, config.task))['ct']
     made = _volumes(record, params, config)
   else:
@@ -59,9 +59,8 @@ def _focus(rng, record, task):
   return np.unravel_index(where[rng.integers(len(where))], flat.shape[:3])
 
 
-def _volumes(record, params, config) -> np.ndarray:    # [V, D, H, W, 1]
-  x = np.stack([volume.view(record['volume'], p, config.views.ct) for p in sample.each(params)])[..., None]
-  return _normalised(x, config.task, volume.SCALE)
+def _volumes(record, params, config) -> np.ndarray:    # [V, D, H, W, C]
+  return _normalised(sample.volumes(record, params, config), config.task, volume.SCALE)
 
 
 def _pictures(record, params, config) -> np.ndarray:   # [V, h, w, 3]
@@ -115,10 +114,11 @@ class Cases:
     return self._of_volume(record) if self.stream == 'ct' else self._of_picture(record)
 
   def working(self, record) -> np.ndarray:
-    """What a case is segmented on: [D, H, W, 1] at task.spacing_mm, or the whole picture as [*size, 3]."""
+    """What a case is segmented on: [D, H, W, C] at task.spacing_mm, or the whole picture as [*size, 3]."""
     if self.stream == 'xray':
       return _pictures(record, draw.xray_whole(record['image'].shape)['xray'], self.config)[0]
-    return _normalised(record['volume'][..., None] / np.float32(volume.SCALE), self.config.task, volume.SCALE)
+    x = np.moveaxis(record['volume'].reshape(-1, *record['volume'].shape[-3:]), 0, -1) / np.float32(volume.SCALE)
+    return _normalised(x, self.config.task, volume.SCALE)
 
   def save(self, i: int, labels: np.ndarray, folder) -> None:
     """Writes a predicted label map beside the others: NIfTI on the grid of the scan's file, PNG on the pixels of the
@@ -135,7 +135,7 @@ class Cases:
         Image.fromarray(labelled.shrunk(part, self.source.grid(i))).save(f'{path}.png')
 
   def _of_volume(self, record):
-    shape, cfg = record['volume'].shape, self.config.views.ct
+    shape, cfg = record['volume'].shape[-3:], self.config.views.ct
     params = draw.ct_centre(self.config, shape, record['spacing_mm'])['ct']
     if cfg.extent == 'output' and self.config.task.test_view == 'windows':
       starts = [_starts(n, m) for n, m in zip(shape, cfg.size)]

@@ -18,11 +18,11 @@ ATTEMPTS = 10    # of a random-resized crop, before the largest allowed central 
 
 
 def ct_pair(rng, config, shape, spacing_mm, whole_shape=None, whole_spacing_mm=None) -> dict:
-  """Two CT views and two DRR views of one record.
+  """Two CT views and two DRR views of one record; of other modalities there are no DRR.
 
   Args:
     rng: np.random.Generator.
-    config: the run config; reads views.ct, views.drr, drr.
+    config: the run config; reads data.modality, views.ct, views.drr, drr.
     shape: of the tile `[D, H, W]`.
     spacing_mm: of the tile, (z, y, x).
     whole_shape, whole_spacing_mm: of the scan that is projected with drr.scope='volume'.
@@ -31,6 +31,8 @@ def ct_pair(rng, config, shape, spacing_mm, whole_shape=None, whole_spacing_mm=N
     ValueError: scope='volume' without the whole scan; paired windows where the tile is not the whole.
   """
   ct = _volumes(rng, config.views.ct, shape)
+  if config.data.modality != 'ct':
+    return {'ct': ct}
   field = _field(config, shape, spacing_mm, whole_shape, whole_spacing_mm)
   if config.drr.paired_window:
     window = _paired(config, ct, shape, spacing_mm, whole_shape, whole_spacing_mm)
@@ -86,6 +88,8 @@ def ct_centre(config, shape, spacing_mm, whole_shape=None, whole_spacing_mm=None
   ct = dict(box_start=start[None].astype(np.float32), box_size=size[None].astype(np.float32),
             flip=np.zeros((1, 3), bool), noise_std=np.zeros(1, np.float32), noise_key=np.zeros((1, 2), np.uint32),
             **{k: np.full((1, depth), v, np.float32) for k, v in neutral.items()})
+  if config.data.modality != 'ct':
+    return {'ct': ct}
   _, size_mm = _largest(_field(config, shape, spacing_mm, whole_shape, whole_spacing_mm), config.views.drr.ratio)
   drr = dict(center_mm=np.zeros((1, 2)), pitch_mm=np.array(size_mm)[None] / config.views.drr.size,
              offset_mm=np.zeros((1, 2)), tilt_deg=np.zeros((1, 3)), **_plain())

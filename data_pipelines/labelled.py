@@ -10,7 +10,7 @@ from concurrent import futures
 
 import numpy as np
 
-from data_pipelines import files, fractions, images, judgement, manifest, phantom, readers, tiles
+from data_pipelines import files, fractions, images, judgement, manifest, phantom, readers, sequences, tiles
 from data_pipelines.errors import DataError
 from data_pipelines.sources import Cache, _digest
 from data_pipelines.volume import Volume
@@ -22,6 +22,7 @@ LUNG = ('lung_right', 'lung_left')             # what covers them in a label map
 OUTLINES = {'lungs': (*LUNG, 'effusion', 'consolidation', 'nodule', 'distractor'), 'heart': ('heart',),
             'lung_right': ('lung_right',), 'lung_left': ('lung_left',), 'spine': ('spine',), 'liver': ('liver',)}
 UNKNOWN = -1.
+TILTED = 'OBLIQUE', 'SHEAR', 'GANTRY_TILT'
 
 
 def source(name: str, config, split: str = 'train'):
@@ -142,7 +143,7 @@ class Rows(_Labelled):
     """As Phantoms.grid, of the file."""
     path = self.rows[self.chosen[i]]['path']
     if self.name == 'ct':
-      return readers.volume(path, oblique='refuse')
+      return readers.volume(path)
     picture = readers.image(path)
     width, height = picture.meta['size']      # as stored; EXIF may have turned it
     return (height, width) if (height < width) == (picture.array.shape[0] < picture.array.shape[1]) else (width, height)
@@ -157,13 +158,20 @@ class Rows(_Labelled):
         return record | self._label(row)
       mask = self._map(images.labels(row['mask'], picture), row['mask'])
       return record | {'mask': shrunk(mask, picture.array.shape)}
-    found = readers.volume(row['path'], oblique='resample' if self.task.kind == 'cls' else 'refuse')
-    tiles.judge(found, row['path'], self.modality)
-    record |= {'volume': tiles.clipped(found.array), 'spacing_mm': found.spacing_mm}
+    item = readers.of_row(row)
+    found = sequences.read(item, self.modality)
+    paths = [part.path for part in (item, *item.further)]
+    for source, path in zip(found, paths):
+      tiles.judge(source, path, self.modality)
+    arrays, intensity = tiles.scaled(found, self.modality, paths)
+    record |= {'volume': np.stack(arrays) if intensity else arrays[0], 'spacing_mm': found[0].spacing_mm, **intensity}
     if self.task.kind == 'cls':
       return self._label(row) | _regridded(record, None, self.task)
-    mask = readers.volume(row['mask'], oblique='refuse')
-    if fault := judgement.mask_grid(mask.meta['grid'], found.meta['grid'], row['mask']):
+    if tilted := [w for w in found[0].meta['warnings'] if w.split()[1] in TILTED]:
+      raise DataError(tilted[0].split()[1], row['path'], 'is tilted: its label map cannot be interpolated',
+                      'resample both on a straight grid')
+    mask = readers.volume(row['mask'], hu=False)
+    if fault := judgement.mask_grid(mask.meta['grid'], found[0].meta['grid'], row['mask']):
       raise fault.error
     return _regridded(record, self._map(mask.array, row['mask']), self.task)
 
@@ -231,11 +239,13 @@ def _stratum(label: dict) -> str:
 
 def _regridded(record: dict, mask, task) -> dict:
   """A volume, and its mask if there is one, at task.spacing_mm."""
-  volume, spacing = record['volume'], record['spacing_mm']
-  record['volume'], record['spacing_mm'] = tiles.resampled(volume, spacing, task.spacing_mm)
+  volume, given_mm = record['volume'], record['spacing_mm']
+  parts, (spacing_mm, *_) = zip(*(tiles.resampled(x, given_mm, task.spacing_mm) for x in volume.reshape(
+      -1, *volume.shape[-3:])))
+  record |= {'volume': np.stack(parts) if volume.ndim > 3 else parts[0], 'spacing_mm': spacing_mm}
   if mask is None:
     return record
-  return record | {'mask': shrunk(mask, record['volume'].shape), 'truth': mask, 'truth_mm': spacing}
+  return record | {'mask': shrunk(mask, parts[0].shape), 'truth': mask, 'truth_mm': given_mm}
 
 
 def shrunk(mask: np.ndarray, shape) -> np.ndarray:

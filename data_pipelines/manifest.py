@@ -3,8 +3,8 @@
   {"id": "case-1", "path": "ct/1.nii.gz", "kind": "volume", "label": {"nodule": 1}, "split": "train", "group": "p1"}
 
 Only `path` and `kind` must be there (`id` is the path by default); FIELDS names the others that have a meaning, any
-further one is kept. `path` and `mask` are absolute or relative to the root in the meta file, or without one to the
-manifest; in memory they are ready to open. `label` is a class number, a list of 0/1 or {finding: 0/1}; `group` (by
+further one is kept. `path`, `paths` and `mask` are absolute or relative to the root in the meta file, or without one to
+the manifest; in memory they are ready to open. `label` is a class number, a list of 0/1 or {finding: 0/1}; `group` (by
 default the subject) is what a split must not cut. Excluded rows stay in the list; `usable` leaves them out.
 
 The manifest hash, over (id, sha, status, split) of all rows, tells whether a run may go on with a list; `changes`
@@ -61,6 +61,10 @@ def _texts(value) -> bool:
   return isinstance(value, list) and all(_text(v) for v in value)
 
 
+def _some_texts(value) -> bool:
+  return _texts(value) and bool(value) and all(value)
+
+
 def _record(value) -> bool:
   return isinstance(value, list) and len(value) == 2 and _text(value[0]) and _integer(value[1])
 
@@ -70,6 +74,7 @@ NUMBER, NUMBERS = (_number, 'a finite number'), (_numbers, 'a list of finite num
 FIELDS = {
     'dataset': NAMED, 'subject': NAMED, 'group': NAMED, 'study': NAMED,
     'mask': TEXT,                                   # label map on the grid of the sample
+    'paths': (_some_texts, 'a list of files'),      # of several sequences, on one grid; `path` is the first
     'record': (_record, '[shard file, index]'),     # after preparation
     'shape': COUNTS, 'spacing': NUMBERS, 'orient': TEXT,    # of the source: its axis order, mm, axis codes
     'shape_canon': COUNTS,                                  # [D, H, W] = [S, A, R]
@@ -105,6 +110,8 @@ def check(row: dict, where: str, *, labelled: bool = False, code: str = 'MANIFES
     valid, expected = FIELDS[key]
     if not valid(row[key]):
       raise DataError(code, where, f'{key} is {_short(row[key])}, expected {expected}', 'correct it or leave it out')
+  if row.get('paths', [row['path']])[0] != row['path']:
+    raise DataError(code, where, f'paths begins with {row["paths"][0]}, expected path, {row["path"]}', 'correct it')
   row |= {k: str(row[k]) for k, kind in FIELDS.items() if kind is NAMED and k in row}
   row['id'] = str(row['id'])
   row.setdefault('status', 'ok')
@@ -172,7 +179,7 @@ def read(path, *, labelled: bool = True, root=None, torn: bool = False) -> list[
       if first != row['split'] and not torn:
         raise DataError('LEAK', path, f'group {row["group"]}: {first} and {row["split"]}',
                         'put all rows of a group in one split')
-    rows.append(row | {k: _join(root, row[k]) for k in ('path', 'mask') if k in row})
+    rows.append(_with_paths(row, lambda path: _join(root, path)))
   if not rows:
     raise DataError('MANIFEST', path, 'no rows', 'write one JSON object per line')
   found = digest(rows)
@@ -218,6 +225,12 @@ def _object(text: str, where: str) -> dict:
   return row
 
 
+def _with_paths(row: dict, change) -> dict:
+  """A row with other names of its files."""
+  row = row | {k: change(row[k]) for k in ('path', 'mask') if k in row}
+  return row | ({'paths': [change(p) for p in row['paths']]} if 'paths' in row else {})
+
+
 def _join(root: str, path) -> str:
   return str(path) if '://' in str(path) else os.path.join(root, path)
 
@@ -248,7 +261,7 @@ def write(folder, rows, *, root=None, config: dict | None = None, **more) -> str
   if twice or not rows:
     raise DataError('MANIFEST', folder, f'id "{twice}" occurs twice' if twice else 'no rows',
                     'make ids unique' if twice else 'give it at least one')
-  lines = [_line(row | {k: _relative(row[k], base) for k in ('path', 'mask') if k in row}) for row in rows]
+  lines = [_line(_with_paths(row, lambda path: _relative(path, base))) for row in rows]
   about = {'tool': 'unimiss_jax', 'version': unimiss_jax.__version__,
            'created': datetime.datetime.now(datetime.UTC).isoformat(timespec='seconds'),
            'rows': len(rows), 'hash': digest(rows)}

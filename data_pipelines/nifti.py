@@ -27,7 +27,7 @@ CHUNK = 1 << 18             # voxels that are scaled at a time
 UNIT_MM = {0: 1., 1: 1e3, 2: 1., 3: 1e-3}    # xyzt_units & 7: unknown, metre, millimetre, micrometre
 
 
-def read(path, *, oblique: str = 'resample', frame: int | tuple[int, ...] | None = None) -> Volume:
+def read(path, *, oblique: str = 'resample', frame: int | tuple[int, ...] | None = None, hu: bool = True) -> Volume:
   """Reads a NIfTI file.
 
   Axis permutation and flips are exact. Volumes whose axes are more than 3 degrees off the patient axes, or
@@ -38,9 +38,10 @@ def read(path, *, oblique: str = 'resample', frame: int | tuple[int, ...] | None
     oblique: 'resample', or 'refuse' to raise for volumes that would need it.
     frame: of a file with more than 3 axes, the index of each further axis, or one number where only one of them
       is longer than 1.
+    hu: values are HU: non-finite voxels become -1024; else 0.
 
   Returns:
-    Volume; values are scaled but not clipped; non-finite voxels become -1024 (see meta['nonfinite']).
+    Volume; values are scaled but not clipped (see meta['nonfinite']).
 
   Raises:
     DataError: UNREADABLE ZERO_BYTES NOT_IMAGE TRUNCATED SURPLUS TOO_LARGE DTYPE_RGB DTYPE_COMPLEX NDIM SPACING
@@ -50,7 +51,7 @@ def read(path, *, oblique: str = 'resample', frame: int | tuple[int, ...] | None
     raise ValueError(f"oblique={oblique!r}: expected 'resample' or 'refuse'")
   try:
     with np.errstate(all='ignore'):
-      return _read(str(path), oblique, frame)
+      return _read(str(path), oblique, frame, hu)
   except DataError:
     raise
   except Exception as e:    # damaged headers reach every corner of a reader; the user gets one line for all of them
@@ -58,20 +59,21 @@ def read(path, *, oblique: str = 'resample', frame: int | tuple[int, ...] | None
                     'copy it again or remove it') from e
 
 
-def _read(path: str, oblique: str, frame) -> Volume:
+def _read(path: str, oblique: str, frame, hu: bool) -> Volume:
   header, data = _load(path)
   shape = _shape(header, path)
   number = _frame(shape, frame, path)
   warnings = []
   warn = lambda code, text: warnings.append(f'WARN {code} {path}: {text}')
   affine = _affine(header, path, warn)
-  array, extremes, nonfinite = _values(header, data, shape, number, path)
+  nothing = AIR_HU if hu else 0
+  array, extremes, nonfinite = _values(header, data, shape, number, nothing, path)
   del data
   if nonfinite:
-    warn('NONFINITE', f'{nonfinite} voxels ({100 * nonfinite / array.size:.2f} %) set to {AIR_HU}')
+    warn('NONFINITE', f'{nonfinite} voxels ({100 * nonfinite / array.size:.2f} %) set to {nothing}')
   meta = {'shape': tuple(int(n) for n in header.get_data_shape()), 'dtype': str(header.get_data_dtype()),
           'range': extremes, 'nonfinite': nonfinite}
-  return volume.settle(array, affine, path, meta, warnings, oblique=oblique)
+  return volume.settle(array, affine, path, meta, warnings, oblique=oblique, hu=hu)
 
 
 def write(path, array: np.ndarray, like: Volume) -> None:
@@ -282,10 +284,11 @@ def _affine(header, path: str, warn) -> np.ndarray:
 
 # ---- voxels
 
-def _values(header, data: bytes, shape, number: int, path: str) -> tuple[np.ndarray, tuple[float, float], int]:
+def _values(header, data: bytes, shape, number: int, nothing: int, path: str
+            ) -> tuple[np.ndarray, tuple[float, float], int]:
   """-> scaled voxels [i, j, k] (int16 or float32, native byte order), (minimum, maximum) and number of non-finite ones.
 
-  Non-finite voxels are set to -1024 and do not count for the extremes.
+  Non-finite voxels are set to `nothing` and do not count for the extremes.
   """
   dtype = header.get_data_dtype()
   if dtype.fields:
@@ -313,11 +316,11 @@ def _values(header, data: bytes, shape, number: int, path: str) -> tuple[np.ndar
     bad = ~np.isfinite(part)
     if bad.any():
       nonfinite += int(np.count_nonzero(bad))
-      part[bad] = AIR_HU
+      part[bad] = nothing
     low = min(low, float(part.min(where=~bad, initial=np.inf)))
     high = max(high, float(part.max(where=~bad, initial=-np.inf)))
     whole = whole and np.array_equal(part, np.rint(part))
     array[..., k:k + step] = part
   if nonfinite == array.size:
-    low = high = float(AIR_HU)
+    low = high = float(nothing)
   return array.astype(np.int16) if whole and fits_int16(low, high) else array, (low, high), nonfinite

@@ -84,7 +84,7 @@ class PreparedCT(_Prepared):
     root: the folder that prepare made.
     modality: of the run; another one is refused.
     split: 'train', 'val' or 'test'.
-    whole: records carry the reduced copy of their volume.
+    whole: records carry the reduced copy of their volume; of CT alone.
     on_bad_file: 'skip' or 'stop', as CTFolder's.
   """
   kind, leaf = 'ct', 'data.ct'
@@ -101,6 +101,8 @@ class PreparedCT(_Prepared):
     found = self.shards[i]
     record = {'volume': found['volume'], 'spacing_mm': _mm(found), 'group': _number(found['group']),
               'name': found['id']}
+    if 'pad' in found:
+      record |= {name: found[name] for name in ('scale', 'offset', 'pad')}
     if self.wholes:
       whole = self.wholes.at(self.shards.place(i)[0], int(found['whole']))
       record |= {'whole': whole['volume'], 'whole_spacing_mm': _mm(whole)}

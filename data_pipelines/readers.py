@@ -4,6 +4,7 @@ NIfTI files and pictures are known by the ends of their names, DICOM by its cont
 these.
 """
 import collections
+import hashlib
 import os
 from concurrent import futures
 from typing import NamedTuple
@@ -23,16 +24,18 @@ class Item(NamedTuple):
   """A sample: one volume or one radiograph.
 
   Attributes:
-    path: what messages name; `item(path, kind)` finds it again. A file; or the folder of a DICOM series, with
-      `::<SeriesInstanceUID>` where it holds several.
+    path: what messages name; `item(path, kind)` finds it again. A file, with `::<number>` one volume of a 4-D NIfTI
+      file; or the folder of a DICOM series, with `::<SeriesInstanceUID>` where it holds several.
     kind: 'volume' or 'image'.
     format: 'nifti', 'dicom' or 'image' (PNG, JPEG).
     files: all files that it is made of.
+    further: items of its other sequences, see sequences.py.
   """
   path: str
   kind: str
   format: str
   files: tuple[str, ...]
+  further: tuple = ()
 
 
 class Found(NamedTuple):
@@ -95,6 +98,9 @@ def item(path, kind: str, format: str = 'auto') -> Item:
   """
   _known(kind, format)
   path = os.path.expanduser(str(path))
+  file, number = _one_of(path)
+  if number is not None:
+    return Item(path, kind, 'nifti', nifti.parts(file))
   folder, several, uid = path.rpartition('::')
   if several:
     return _series_in(folder, kind, uid)
@@ -107,20 +113,36 @@ def item(path, kind: str, format: str = 'auto') -> Item:
   return Item(path, kind, BY_NAME[kind], (path,))
 
 
-def volume(source, *, oblique: str = 'resample', frame=None) -> Volume:
-  """The volume of an Item, or of a path.
+def of_row(row: dict, format: str = 'auto') -> Item:
+  """The sample of a row of the manifest, with all sequences that its `paths` name. Raises what `item` raises."""
+  first, *further = (item(path, row['kind'], format) for path in row.get('paths') or [row['path']])
+  return first._replace(further=tuple(further))
+
+
+def sha(sample: Item) -> str:
+  """The content hash of a sample; of several sequences the order counts. Raises DataError: UNREADABLE."""
+  if not sample.further:
+    return files.sha(sample.files)
+  each = [f'{files.sha(s.files)} {_one_of(s.path)[1]}' for s in (sample, *sample.further)]
+  return hashlib.blake2b('\n'.join(each).encode(), digest_size=16).hexdigest()
+
+
+def volume(source, *, oblique: str = 'resample', frame=None, hu: bool = True, resample_gaps: bool = False) -> Volume:
+  """The volume of an Item (of several sequences the first one), or of a path.
 
   Args:
     source: Item, or what `item` takes.
-    oblique, frame: as of nifti.read.
+    oblique, frame, hu: as of nifti.read.
+    resample_gaps: as of dicom.read.
 
   Raises:
     DataError: those of item, nifti.read and dicom.read.
   """
   source = source if isinstance(source, Item) else item(source, 'volume')
   if source.format == 'dicom':
-    return dicom.read(dicom.Series(source.path, '', source.files), oblique=oblique)
-  return nifti.read(source.path, oblique=oblique, frame=frame)
+    return dicom.read(dicom.Series(source.path, '', source.files), oblique=oblique, hu=hu, resample_gaps=resample_gaps)
+  path, number = _one_of(source.path)
+  return nifti.read(path, oblique=oblique, frame=frame if number is None else number, hu=hu)
 
 
 def image(source) -> images.Radiograph:
@@ -154,10 +176,21 @@ def _known(kind: str, format: str) -> None:
       raise ValueError(f'{value!r}: expected one of {", ".join(known)}')
 
 
+def stem(path: str) -> str:
+  """The path without the end that tells its format: 'a/x.nii.gz' -> 'a/x'."""
+  return path[:len(path) - len(_by_name(path)[0])]
+
+
 def _by_name(path: str) -> tuple[str, str]:
   """-> (end of the name, format that it tells); both empty for other names."""
   low = path.lower()
   return next(((s, format) for format, ends in SUFFIXES.items() for s in ends if low.endswith(s)), ('', ''))
+
+
+def _one_of(path: str) -> tuple[str, int | None]:
+  """'x.nii.gz::3' -> the file and the number of its volume; None where the path names no number."""
+  file, _, number = path.rpartition('::')
+  return (file, int(number)) if number.isdecimal() and _by_name(file)[1] == 'nifti' else (path, None)
 
 
 def _end(path: str) -> str:

@@ -1,9 +1,10 @@
 """Random access to training records: a source has a length, and source[i] gives record i, always the same.
 
 CT record: volume int16 [D, H, W] = [S, A, R] HU, spacing_mm (z, y, x), index, name, bad; with whole=True also
-whole (the whole scan, reduced to about 3 mm) and whole_spacing_mm. X-ray record: image uint8 or uint16 [H, W],
-index, group, name, bad. Records of one scan share their group. `bad`: the file of record `index` failed after the
-start, and this is the next good one.
+whole (the whole scan, reduced to about 3 mm) and whole_spacing_mm. Of data.modality=mr or other: volume int16
+[C, D, H, W] of C sequences, with their scale, offset and pad float32 [C] (intensities.py). X-ray record: image uint8
+or uint16 [H, W], index, group, name, bad. Records of one scan share their group. `bad`: the file of record `index`
+failed after the start, and this is the next good one.
 Decoded files stay in a bounded cache.
 """
 import collections
@@ -15,7 +16,7 @@ from concurrent import futures
 
 import numpy as np
 
-from data_pipelines import files, phantom, readers, tiles
+from data_pipelines import files, phantom, readers, sequences, tiles
 from data_pipelines.errors import DataError
 
 SHOWN = 3                # warnings of one kind; further ones are only counted
@@ -167,7 +168,7 @@ class _Folder:
     self.spec, self.on_bad_file = spec, on_bad_file
     self.cache = Cache(cache_bytes)
     self.failed = {}    # index of an item -> DataError
-    found = readers.discover(spec, self.kind)
+    found = self.discover(spec)
     if found.faults and (on_bad_file == 'stop' or len(found.faults) == 1 and not found.items):
       raise found.faults[0]
     total = len(found.items) + len(found.faults)
@@ -222,6 +223,9 @@ class _Folder:
         raise self.failed[file]
     raise DataError('EMPTY_DIR', self.spec, 'not one record can be read any more', 'check the disk, then start again')
 
+  def discover(self, spec: str) -> readers.Found:
+    return readers.discover(spec, self.kind)
+
   def name(self, item: readers.Item, part: int) -> str:
     return os.path.relpath(item.path, self.root) + (f' z{part}' if part is not None else '')
 
@@ -247,12 +251,13 @@ class _Folder:
 
 
 class CTFolder(_Folder):
-  """24-slice tiles of the CT scans (NIfTI, DICOM series) of a folder. Every scan is decoded once at the start.
+  """24-slice tiles of the scans (NIfTI, DICOM series) of a folder. Every scan is decoded once at the start.
 
   Args:
     spec: folder or glob pattern, several of them separated by commas.
-    modality: 'ct' refuses files whose values are not HU.
-    whole: records carry the whole scan, reduced to about 3 mm.
+    modality: 'ct' refuses files whose values are not HU; 'mr' and 'other' store z-scores.
+    sequences: ends of the names of what belongs together, see sequences.py; () = every file is a scan.
+    whole: records carry the whole scan, reduced to about 3 mm; of CT alone.
     on_bad_file: 'skip' (one line per bad file) or 'stop' (DataError).
     cache_bytes: of decoded scans kept in memory.
 
@@ -261,22 +266,26 @@ class CTFolder(_Folder):
   """
   leaf, kind = 'data.ct', 'volume'
 
-  def __init__(self, spec, *, modality='ct', whole=False, on_bad_file='skip', cache_bytes=CACHE_BYTES):
-    self.modality, self.whole = modality, whole
+  def __init__(self, spec, *, modality='ct', sequences=(), whole=False, on_bad_file='skip', cache_bytes=CACHE_BYTES):
+    self.modality, self.sequences, self.whole = modality, sequences, whole
     self.depth = {}
     super().__init__(spec, on_bad_file, cache_bytes)
 
+  def discover(self, spec):
+    found = super().discover(spec)
+    return sequences.of_items(found, self.sequences) if self.sequences else found
+
   def decode(self, item) -> tiles.Scan:
     scan = tiles.read(item, self.modality, self.whole)
-    depth = self.depth.setdefault(item.path, scan.volume.shape[0])
-    if depth != scan.volume.shape[0]:
-      raise DataError('CHANGED', item.path, f'has {scan.volume.shape[0]} slices, had {depth} at the start',
+    depth, now = self.depth.setdefault(item.path, scan.volume.shape[-3]), scan.volume.shape[-3]
+    if depth != now:
+      raise DataError('CHANGED', item.path, f'has {now} slices, had {depth} at the start',
                       'leave the files alone during a run')
     return scan
 
   def check(self, item):
     scan = self.cache.get(item.path, lambda: self.decode(item))
-    return tiles.starts(scan.volume.shape[0]), scan.warnings
+    return tiles.starts(scan.volume.shape[-3]), scan.warnings
 
   def record(self, scan: tiles.Scan, item: readers.Item, start: int) -> dict:
     return tiles.cut(scan, start) | {'name': self.name(item, start)}
@@ -300,8 +309,14 @@ class XrayFolder(_Folder):
     return {'image': decoded[0], 'name': self.name(item, part)}
 
 
-def one_ct(path, config) -> dict:
-  """The middle tile of one CT scan as a record, for evaluation. Raises DataError."""
-  scan = tiles.read(path, config.data.modality, config.drr.scope == 'volume')
-  middle = (scan.volume.shape[0] - tiles.TILE) // 2
-  return tiles.cut(scan, middle) | {'index': 0, 'name': os.path.basename(path), 'bad': False}
+def one_ct(item, config) -> dict:
+  """The middle tile of one scan (readers.Item, or a path) as a record, for evaluation. Raises DataError."""
+  item = item if isinstance(item, readers.Item) else readers.item(item, 'volume')
+  scan = tiles.read(item, config.data.modality, needs_whole(config))
+  middle = (scan.volume.shape[-3] - tiles.TILE) // 2
+  return tiles.cut(scan, middle) | {'index': 0, 'name': os.path.basename(item.path), 'bad': False}
+
+
+def needs_whole(config) -> bool:
+  """Whether records carry the whole scan: it is only there to be rendered."""
+  return config.drr.scope == 'volume' and config.data.modality == 'ct'

@@ -4,13 +4,15 @@ A stream's position is one integer, the number of rows that all shards together 
 (seed, stream, position) alone, so that a run continues with the same samples on another number of hosts or worker
 processes. Nothing is filtered here: a record that cannot be read has been replaced by its source.
 """
+import functools
 import zlib
 from concurrent import futures
 
 import grain
 import numpy as np
 
-from data_pipelines import cases, draw, files, labelled, prepared, sample, sources
+from data_pipelines import cases, draw, files, labelled, prepared, sample, sequences, sources
+from data_pipelines.errors import DataError
 
 STREAMS = ('ct', 'xray')
 THREADS, BUFFER = 4, 4    # per process; without a bound Grain reads hundreds of batches ahead
@@ -44,9 +46,7 @@ def views(name: str, record: dict, config, rng, drr: bool = True) -> dict:
     return cases.view(name, record, config, rng)
   if name == 'xray':
     return sample.xray_sample(record, draw.xray_pair(rng, config, record['image'].shape), config)
-  whole = (record['whole'].shape, record['whole_spacing_mm']) if 'whole' in record else ()
-  params = draw.ct_pair(rng, config, record['volume'].shape, record['spacing_mm'], *whole)
-  return sample.ct_sample(record, params, config, drr)
+  return sample.ct_sample(record, draw.ct_pair(rng, config, *sample.sizes(record)), config, drr)
 
 
 class Stream:
@@ -186,17 +186,21 @@ def _source(name: str, config):
   """Records of data.ct or data.xray: phantoms, folders, prepared shards, or several of them mixed."""
   if 'task' in config:
     return labelled.source(name, config)
-  data, whole = config.data, config.drr.scope == 'volume'
+  data, whole = config.data, sources.needs_whole(config)
   spec = data[name]
   if not spec:
     return (sources.PhantomCT(config.seed, data.phantom_records, whole=whole) if name == 'ct' else
             sources.PhantomXray(config.seed, data.phantom_records))
   more = {'ct': {'whole': whole, 'modality': data.modality}, 'xray': {}}[name] | {'on_bad_file': data.on_bad_file}
-  folder = {'ct': sources.CTFolder, 'xray': sources.XrayFolder}[name]
+  scans = functools.partial(sources.CTFolder, sequences=sequences.parse(data.sequences))
+  folder = {'ct': scans, 'xray': sources.XrayFolder}[name]
   shards = {'ct': prepared.PreparedCT, 'xray': prepared.PreparedXray}[name]
   shares = prepared.weights(spec)
   ready = {p: w for p, w in shares.items() if prepared.is_prepared(p, name)}
   if not ready and set(shares.values()) == {1.}:
     return folder(spec, **more)
   parts = [shards(p, **more) if p in ready else folder(p, **more) for p in shares]
+  if name == 'ct' and len(counts := {len(p[0].get('pad', '1')) for p in parts}) > 1:
+    raise DataError('SEQUENCES', spec, f'sources of {" and ".join(map(str, sorted(counts)))} sequences',
+                    'mix sets with the same sequences')
   return parts[0] if len(parts) == 1 else prepared.Mixture(parts, list(shares.values()))

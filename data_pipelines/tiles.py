@@ -1,13 +1,13 @@
-"""A CT scan -> clipped HU, judged fit for training -> overlapping tiles of 24 slices.
+"""A scan -> clipped HU or z-scores, judged fit for training -> overlapping tiles of 24 slices.
 
 The tiling (24 slices, stride 12, last tile shifted back, central 80 % of wide planes) is that of the released
-code. Clipping to [-1024, 3071] and the reduced copy of the whole scan are chosen by us.
+code. Clipping to [-1024, 3071], z-scores (intensities.py) and the reduced copy of the whole scan are chosen by us.
 """
 from typing import NamedTuple
 
 import numpy as np
 
-from data_pipelines import judgement, readers
+from data_pipelines import intensities, judgement, readers, sequences
 from data_pipelines.errors import DataError
 from data_pipelines.judgement import HU_RANGE
 from data_pipelines.volume import Volume
@@ -19,14 +19,16 @@ WHOLE_MM, WHOLE_BYTES = 3., 4 << 20
 
 
 class Scan(NamedTuple):
-  """A decoded CT scan.
+  """A decoded scan.
 
   Attributes:
-    volume: int16 [D, H, W] = [S, A, R] HU, D >= 24 (short scans lie in the middle of air), wide planes cut.
+    volume: int16 [D, H, W] = [S, A, R] HU, D >= 24 (short scans lie in the middle of air), wide planes cut; of other
+      modalities than CT [C, D, H, W] of C sequences, stored as intensities.py says.
     spacing_mm: (z, y, x).
     whole, whole_spacing_mm: the complete scan, reduced to about 3 mm and at most 4 MB; or None.
     warnings: finished one-line texts.
     corner: index of the first voxel of `volume` in the whole scan (at the new spacing); negative where air was added.
+    intensity: {'scale', 'offset', 'pad': float32 [C]} of intensities.py; {} of HU.
   """
   volume: np.ndarray
   spacing_mm: tuple[float, float, float]
@@ -34,44 +36,60 @@ class Scan(NamedTuple):
   whole_spacing_mm: tuple[float, float, float] | None
   warnings: list[str]
   corner: tuple[int, int, int] = (0, 0, 0)
+  intensity: dict = {}
 
 
-def read(item, modality: str = 'ct', whole: bool = False, spacing_mm=(0., 0., 0.), tile: int = TILE) -> Scan:
+def read(item, modality: str = 'ct', whole: bool = False, spacing_mm=(0., 0., 0.), tile: int = TILE,
+         resample_gaps: bool = False) -> Scan:
   """Reads, judges and clips one scan.
 
   Args:
     item: readers.Item, or a path.
-    modality: as of judge.
-    whole: also the complete scan, reduced.
+    modality: 'ct', 'mr' or 'other'.
+    whole: also the complete scan, reduced; of CT alone.
     spacing_mm: (z, y, x) to resample to; 0 = as it is.
     tile: slices that a volume must have, else it is filled up with air; 0 = as many as it has.
+    resample_gaps: as of dicom.read.
 
   Raises:
-    DataError: those of readers.volume, and those of judge.
+    DataError: those of sequences.read, of judge, and of intensities.standardised.
   """
   if not isinstance(item, readers.Item):
     item = readers.item(item, 'volume')
-  source = readers.volume(item)
-  warnings = source.meta['warnings'] + judge(source, item.path, modality)
-  hu = clipped(source.array)
-  small, small_mm = reduced(hu, source.spacing_mm) if whole else (None, None)
-  hu, spacing_mm = resampled(hu, source.spacing_mm, spacing_mm)
-  if hu.shape[0] < judgement.LEAST:
-    raise DataError('TOO_SMALL', item.path, f'{hu.shape[0]} slices at {spacing_mm[0]:g} mm, need >= {judgement.LEAST}',
+  sources, paths = sequences.read(item, modality, resample_gaps), [part.path for part in (item, *item.further)]
+  warnings = [line for source, path in zip(sources, paths)
+              for line in source.meta['warnings'] + judge(source, path, modality)]
+  arrays, intensity = scaled(sources, modality, paths)
+  pads = intensity.get('pad', HU_RANGE[:1])
+  given_mm = sources[0].spacing_mm
+  del sources
+  small, small_mm = reduced(arrays[0], given_mm) if whole else (None, None)
+  arrays, (spacing_mm, *_) = zip(*(resampled(array, given_mm, spacing_mm) for array in arrays))
+  depth, *plane = arrays[0].shape
+  if depth < judgement.LEAST:
+    raise DataError('TOO_SMALL', item.path, f'{depth} slices at {spacing_mm[0]:g} mm, need >= {judgement.LEAST}',
                     'resample to thinner slices, or remove it')
-  corner = [0, 0, 0]
-  if max(hu.shape[1:]) > WIDE:
-    corner[1:] = (int(.1 * n) for n in hu.shape[1:])
-    hu = hu[(slice(None), *(slice(int(.1 * n), int(.9 * n)) for n in hu.shape[1:]))]
-  if hu.shape[0] < tile:
-    missing = tile - hu.shape[0]
-    corner[0] = -(missing // 2)
-    hu = np.pad(hu, ((missing // 2, missing - missing // 2), (0, 0), (0, 0)), constant_values=HU_RANGE[0])
-  return Scan(np.ascontiguousarray(hu), spacing_mm, small, small_mm, warnings, tuple(corner))
+  corner, box, missing = [0, 0, 0], [slice(None)] * 3, max(0, tile - depth)
+  if max(plane) > WIDE:
+    corner[1:] = (int(.1 * n) for n in plane)
+    box[1:] = (slice(int(.1 * n), int(.9 * n)) for n in plane)
+  corner[0] = -(missing // 2)
+  arrays = [np.pad(array[tuple(box)], ((missing // 2, missing - missing // 2), (0, 0), (0, 0)), constant_values=pad)
+            if missing else array[tuple(box)] for array, pad in zip(arrays, pads)]
+  volume = np.ascontiguousarray(arrays[0]) if modality == 'ct' else np.stack(arrays)
+  return Scan(volume, spacing_mm, small, small_mm, warnings, tuple(corner), intensity)
 
 
-def clipped(array: np.ndarray) -> np.ndarray:
-  """HU as int16 within [-1024, 3071]."""
+def scaled(sources, modality: str, paths) -> tuple[list, dict]:
+  """Volumes of one scan as int16 [D, H, W]: HU, or z-scores of each sequence with what they mean (intensities.py)."""
+  if modality == 'ct':
+    return [hounsfield(sources[0].array)], {}
+  arrays, found = zip(*(intensities.standardised(source.array, modality, path) for source, path in zip(sources, paths)))
+  return list(arrays), {name: np.stack([f[name] for f in found]) for name in found[0]}
+
+
+def hounsfield(array: np.ndarray) -> np.ndarray:
+  """Scaled values [D, H, W] -> int16, rounded and clipped."""
   return np.clip(np.rint(array) if array.dtype == np.float32 else array, *HU_RANGE).astype(np.int16)
 
 
@@ -102,7 +120,8 @@ def starts(depth: int, tile: int = TILE) -> list[int]:
 
 def cut(scan: Scan, start: int, tile: int = TILE) -> dict:
   """The tile that begins at a slice, as the fields of a record."""
-  record = {'volume': scan.volume[start:start + tile] if tile else scan.volume, 'spacing_mm': scan.spacing_mm}
+  record = {'volume': scan.volume[..., start:start + tile, :, :] if tile else scan.volume,
+            'spacing_mm': scan.spacing_mm} | scan.intensity
   if scan.whole is not None:
     record |= {'whole': scan.whole, 'whole_spacing_mm': scan.whole_spacing_mm}
   return record

@@ -35,7 +35,7 @@ class Volume(NamedTuple):
 
 
 def settle(array: np.ndarray, affine: np.ndarray, path, meta: dict, warnings: list[str], *, oblique: str = 'resample',
-           gantry: str = '', shear_limit: float = SHEAR) -> Volume:
+           hu: bool = True, gantry: str = '', shear_limit: float = SHEAR) -> Volume:
   """Stored voxels -> Volume.
 
   Args:
@@ -45,6 +45,7 @@ def settle(array: np.ndarray, affine: np.ndarray, path, meta: dict, warnings: li
     meta: of the Volume, as far as the reader knows it.
     warnings: texts so far; further ones are added.
     oblique: 'resample', or 'refuse' to raise for volumes that would need it.
+    hu: values are HU: what lies below -1024 is padding.
     gantry: a tilt of the gantry that the reader measured, in words; it is corrected like any shear.
     shear_limit: cosine between two array axes that is left alone.
 
@@ -62,7 +63,7 @@ def settle(array: np.ndarray, affine: np.ndarray, path, meta: dict, warnings: li
     if oblique == 'refuse':
       raise DataError(code, path, text, "read with oblique='resample' to interpolate it on a straight grid")
     warnings.append(f"WARN {code} {path}: {text}; {done}. FIX: oblique='refuse' to exclude")
-    if array.min() < AIR_HU:    # padding must not be averaged into tissue
+    if hu and array.min() < AIR_HU:    # padding must not be averaged into tissue
       warnings.append(f'WARN HU_PADDING {path}: minimum {array.min():g}: raised to {AIR_HU} before resampling')
       array = np.maximum(array, array.dtype.type(AIR_HU))
     array, affine = straighten(array, affine, path)

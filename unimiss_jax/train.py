@@ -114,6 +114,7 @@ class Run:
     self.records = {n: {'count': s.records, 'hash': s.digest} for n, s in self.streams.items()}
     processes.agree('records', {f'data.{n}': r for n, r in self.records.items()},
                     'let every host see the same files (the lines above name those that were skipped)')
+    validate.check_channels(config, {n: s.spec for n, s in self.streams.items()})
     self.method = validate.made(base.make, config, {n: (s.records, s.spec) for n, s in self.streams.items()})
     validate.check_method(config, self.method)
     self.total = self.method.total_steps

@@ -13,7 +13,7 @@ class ConfigError(ValueError):
 
 CHOICES = {
     'phases.unit': ('epoch', 'step', 'joint'),
-    'data.modality': ('ct',),
+    'data.modality': ('ct', 'mr', 'other'),
     'data.on_bad_file': ('skip', 'stop'),
     'views.ct.extent': ('output', 'record'),
     'views.ct.resize': ('linear', 'area'),
@@ -45,6 +45,7 @@ CHOICES = {
 PARTS = ('encoder', 'decoder', 'head')
 STREAMS = ('ct', 'xray')
 TASKS = ('knn', 'retrieval', 'cls', 'seg')
+DRR_LOSSES = ('drr', 'recon_drr', 'pair_nce')
 MOST_PHANTOMS = 1_000_000     # of the range that is kept for development
 PAIRS = ('precrop', 'scale', 'noise_std', 'blur_sigma', 'blur_p', 'blur_unit_p', 'mul', 'mul_p', 'add_p', 'add_unit_p',
          'contrast_p', 'gamma', 'gamma_p', 'ratio')
@@ -111,6 +112,7 @@ def validate(config) -> None:
     raise ConfigError(f'init_parts: "{min(unknown)}" unknown: use some of {", ".join(PARTS)}')
   if 'task' in config:
     _task(config)
+  _modality(config)
   _model(config)
 
 
@@ -133,6 +135,29 @@ def _task(config) -> None:
     raise ConfigError(f'task.overlap={task.overlap}, task.foreground={task.foreground}: shares, below 1')
   if min(task.phantoms) < 1 or len(task.phantoms) != 3:
     raise ConfigError(f'task.phantoms={tuple(task.phantoms)}: needs three numbers, training, validation, test')
+
+
+def _modality(config) -> None:
+  """What is no CT has no HU, so no DRR, and its sequences are the channels of the model."""
+  data, channels = config.data, tuple(config.model.in_channels)
+  count = len([end for end in data.sequences.split(',') if end.strip()])
+  if len(channels) != 2 or channels[0] != 3 or channels[1] < 1:
+    raise ConfigError(f'model.in_channels={channels}: images have 3 channels, volumes one for each sequence; use (3, '
+                      f'{count or 1})')
+  if data.modality == 'ct' and (count or channels[1] > 1):
+    raise ConfigError(f'data.sequences="{data.sequences}", model.in_channels={channels}: CT has one sequence; use '
+                      'data.modality=mr, or data.sequences="" and model.in_channels=(3, 1)')
+  if count and count != channels[1]:
+    raise ConfigError(f'data.sequences="{data.sequences}" names {count}, model.in_channels={channels}: use '
+                      f'model.in_channels=(3, {count})')
+  if data.modality == 'ct' or not config.phases.ct:
+    return
+  terms = [name for name in DRR_LOSSES if has(config, f'loss.{name}')]
+  if on := [f'loss.{name}={config.loss[name]:g}' for name in terms if config.loss[name]]:
+    raise ConfigError(f'{", ".join(on)}: DRR are made from HU, which data.modality={data.modality} has not; set '
+                      f'{" and ".join(term.partition("=")[0] for term in on)} to 0')
+  if not (data.ct or data.manifest):
+    raise ConfigError(f'data.modality={data.modality} with data.ct="": phantoms are CT; name a folder in data.ct')
 
 
 def _model(config) -> None:
@@ -191,6 +216,17 @@ def check_devices(config, devices: int) -> None:
       what = f'{devices} devices' + (f' x {config.optim.accum} micro-batches' if config.optim.accum > 1 else '')
       use = f'{low} or {low + n}' if low else f'{n}'
       raise ConfigError(f'batch.{s}={b} not divisible by {what}: use {use}')
+
+
+def check_channels(config, spec: dict) -> None:
+  """The volumes have as many sequences as the model has channels.
+
+  Args:
+    spec: {stream: {field: (shape, dtype)}} of one row.
+  """
+  if 'ct' in spec and (count := spec['ct']['ct'][0][-1]) != config.model.in_channels[1]:
+    raise ConfigError(f'model.in_channels={tuple(config.model.in_channels)}: the volumes of data.ct have {count} '
+                      f'sequence{"s" * (count > 1)}; use model.in_channels=(3, {count})')
 
 
 def check_method(config, method) -> None:

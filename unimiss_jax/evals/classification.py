@@ -1,4 +1,4 @@
-"""Scores of classifiers: ranks, thresholds, calibration. Definitions are those of scikit-learn, which tests compare with.
+"""Scores of classifiers: ranks, thresholds, calibration; defined as in scikit-learn, which tests compare with.
 
 A class without a positive or without a negative case has no AUROC and no average precision: NaN, left out of means.
 """

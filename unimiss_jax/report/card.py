@@ -10,8 +10,13 @@ PHANTOMS = 'built-in phantoms'
 UNKNOWN = 'not recorded in the file that the weights came from'
 
 LOSSES = ('ct', 'drr', 'slice', 'xray', 'recon_ct', 'recon_drr', 'recon_xray', 'nce', 'pair_nce')
-TAGS = ('medical-imaging', 'computed-tomography', 'chest-x-ray', 'self-supervised-learning', 'pytorch', 'jax',
+TAGS = ('medical-imaging', 'chest-x-ray', 'self-supervised-learning', 'pytorch', 'jax',
         'safetensors')
+TAG = {'ct': ('computed-tomography',), 'mr': ('magnetic-resonance-imaging',)}
+Z_SCORE = ('of each sequence of a scan: clipped to the 0.5 and 99.5 percentiles of {}, minus the mean of that, over '
+           'its deviation')
+INTENSITY = {'ct': 'HU, clipped to [-1024, 3071], divided by 1024', 'mr': Z_SCORE.format('the voxels that are not 0'),
+             'other': Z_SCORE.format('all voxels')}
 DIMENSIONS = {2: '2D images', 3: '3D volumes'}
 USE = '''import json, safetensors.torch, torch_mit
 net = torch_mit.UniMiSSPlus(**json.load(open('config.json'))['torch']).eval()
@@ -27,13 +32,15 @@ FILES = {'model.safetensors': 'the weights', 'config.json': 'architecture, prepr
 def contract(config: dict) -> dict:
   """How inputs must look, from a run's config."""
   model, data, views = config['model'], config['data'], config['views']
+  channels = model.get('in_channels', (3, 1))[1]
+  sequences = {'sequences': data['sequences']} if data.get('sequences') else {}
   return {
       'volume': {
-          'tensor': '[B, 1, D, H, W] float32',
+          'tensor': f'[B, {channels}, D, H, W] float32', **sequences,
           'orientation': 'SAR: D runs to the superior, H to the anterior, W to the right side of the patient '
                          '(the closest such order by the affine of the file)',
           'spacing': f'as in the file, not resampled; trained on {data["ct"] or PHANTOMS}',
-          'intensity': 'HU, clipped to [-1024, 3071], divided by 1024',
+          'intensity': INTENSITY[data['modality']],
           'size': list(model['volume_size']),
           'crop': _ct_crop(views['ct'])},
       'image': {
@@ -57,7 +64,7 @@ def training(weights) -> dict:
   source = lambda s: config['data'][s] or PHANTOMS
   step = int(weights.source.rstrip('/').rpartition('/')[2]) if weights.source.rpartition('/')[2].isdigit() else None
   return {
-      'method': config['method'], 'preset': config['preset'], 'step': step,
+      'method': config['method'], 'preset': config['preset'], 'step': step, 'modality': config['data']['modality'],
       'losses': {k: v for k, v in config['loss'].items() if k in LOSSES and v},
       'batch': {s: config['batch'][s] for s in records or ('ct', 'xray')},
       'samples_seen': meta.get('positions', {}),
@@ -99,15 +106,16 @@ def card(name: str, config: dict, parity: dict, files: list, license_id: str, da
   known, how = config.get('preprocessing', {}), config.get('training', {})
   arch, net = config['torch']['arch'], config['torch']
   parts = ', '.join(p for p, there in (('encoder', True), ('decoder', net['decoder']), ('head', net['head'])) if there)
+  use = USE.replace('[B, 1,', f'[B, {arch["in_channels"][1]},')
   lines = [
       '---', f'license: {json.dumps(license_id)}', 'library_name: unimiss_jax',
       'pipeline_tag: image-feature-extraction',
-      'tags:', *(f'- {tag}' for tag in TAGS), '---', '',
+      'tags:', *(f'- {tag}' for tag in TAGS + TAG.get(how.get('modality', 'ct'), ())), '---', '',
       f'# {name}', '', f'**{RESEARCH}**', '',
       f'{config["architecture"]} ({config["parameters"] / 1e6:.2f} M parameters: {parts}), '
       f'{_whose(config["branch"])}for {" and ".join(DIMENSIONS[n] for n in net["dimensions"])}. '
       f'Weights are {config["dtype"]}, in PyTorch layout, under the names of the released UniMiSS+ code.', '',
-      '## Use', '', 'In this folder, with PyTorch and safetensors installed:', '', '```python', USE, '```', '',
+      '## Use', '', 'In this folder, with PyTorch and safetensors installed:', '', '```python', use, '```', '',
       'Sizes other than the native ones work: position tables are interpolated on their grid.', '',
       '## Preprocessing contract', '']
   if known:
