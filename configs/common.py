@@ -24,8 +24,9 @@ def base() -> ConfigDict:
   c.data = ConfigDict(dict(
       ct='',                      # folder or glob(s), comma separated; '' = phantoms
       xray='',                    # likewise
+      manifest='',                # instead of both: manifest.jsonl (or its folder), raw or prepared; its split train
       modality='ct',              # values must be HU; other modalities are not read yet
-      phantom_records=768,        # phantoms per stream, where data.ct or data.xray is ''
+      phantom_records=768,        # phantoms per stream, where data.ct or data.xray is '' and no manifest is named
       views_per_read=1,           # pairs of views drawn from one read of a record, one after the other
       workers=0,                  # data processes beside the trainer; 0 = threads only
       on_bad_file='skip',         # skip: one line and go on; stop: one line and exit 1

@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from data_pipelines import duplicates, files, finding, judgement, readers, thumbnails
+from data_pipelines import duplicates, finding, judgement, readers, thumbnails
 from data_pipelines.errors import DataError
 from data_pipelines.finding import Finding
 
@@ -80,7 +80,7 @@ def _examine(job: Job, facts: dict) -> Result:
   if job.row['kind'] not in ('volume', 'image'):
     return Result([], facts)
   item = job.item or readers.item(job.row['path'], job.row['kind'], job.format)
-  facts['sha'] = files.sha(item.files)
+  facts['sha'] = readers.sha(item)
   if job.row['kind'] == 'image' and not job.as_slice:
     return _radiograph(job, item, facts)
   return _volume(job, item, facts)

@@ -106,7 +106,7 @@ def make_shard(out: str, unit: Unit, rows: list[dict], config: Config) -> None:
   for row in rows:
     try:
       item = readers.item(row['path'], row['kind'])
-      row = row | {'sha': row.get('sha') or files.sha(item.files)}
+      row = row | {'sha': readers.sha(item, row.get('sha'))}
       made = _records(row, item, unit.kind, config)
     except Exception as e:      # one file must not end the work of days
       e = e if isinstance(e, DataError) else DataError('READER', row['path'], f'{type(e).__name__}: {e}', 'report it')

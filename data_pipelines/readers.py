@@ -138,6 +138,15 @@ def check_image(source: Item) -> None:
   (dicom.check_image if source.format == 'dicom' else images.check)(source.path)
 
 
+def sha(source: Item, said: str | None = None) -> str:
+  """The content hash of a sample. Raises DataError: UNREADABLE; CHANGED, if a manifest said another one."""
+  found = files.sha(source.files)
+  if said not in (None, found):
+    raise DataError('CHANGED', source.path, f'its content has the hash {found}, the manifest says {said}',
+                    'bring the file back, or let the doctor write the manifest anew')
+  return found
+
+
 def empty(spec: str, kind: str, found: Found, leaf: str) -> DataError:
   """The error of a place without samples.
 

@@ -40,6 +40,8 @@ LEAVES = [
     ({'eval.records': 2_000_000}, r'eval.records=2000000: at most 1000000'),
     ({'eval.tasks': ('knn', 'retrival')}, r'eval.tasks: "retrival" unknown: use some of knn, retrieval'),
     ({'method': 'unimis'}, r'method "unimis" unknown'),
+    ({'data.manifest': '/m', 'data.xray': '/x'}, r'data.manifest="/m" says what is trained on, and so does '
+     r'data.xray="/x": set one of them to ""'),
 ]
 
 
