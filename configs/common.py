@@ -24,12 +24,12 @@ def base() -> ConfigDict:
   c.data = ConfigDict(dict(
       ct='',                      # folder or glob(s), comma separated; '' = phantoms
       xray='',                    # likewise
-      manifest='',                # fine-tuning: a labelled manifest.jsonl; '' = phantoms
+      manifest='',                # instead of both: manifest.jsonl (or its folder), raw or prepared; its split train
       label_fraction=1.,          # fine-tuning: share of the training patients; smaller shares lie in larger ones
       modality='ct',              # ct: values must be HU | mr, other: z-scores of each scan; then there are no DRR
       sequences='',               # mr, other: ends of the names of files of one scan, its channels: '_t1,_flair'; see
                                   # data_pipelines/sequences.py; '' = every file is a scan. Prepared sets know theirs
-      phantom_records=768,        # phantoms per stream, where data.ct or data.xray is ''
+      phantom_records=768,        # phantoms per stream, where data.ct or data.xray is '' and no manifest is named
       views_per_read=1,           # pairs of views drawn from one read of a record, one after the other
       workers=0,                  # data processes beside the trainer; 0 = threads only
       on_bad_file='skip',         # skip: one line and go on; stop: one line and exit 1

@@ -306,7 +306,8 @@ def write_manifest(report: Report, folder, shares=(.8, .1, .1), seed: int = 0, c
     rows = splits.assign(report.rows, shares, seed)
     about = {'split': list(map(float, shares)), 'seed': seed} | (config or {})
     digest = manifest.write(folder, rows, config=about)
-    return report._replace(rows=rows), f'wrote {os.path.join(os.fspath(folder), manifest.NAME)} (hash {digest})'
+    file = os.path.join(os.fspath(folder), manifest.NAME)
+    return report._replace(rows=rows), f'wrote {file} (hash {digest}): train with --config.data.manifest={file}'
   except DataError as e:
     known = {f.code for f in report.findings}
     told = [] if e.code in known else [Finding('ERROR', e.code, e.path, e.reason, '', e.remedy)]

@@ -10,11 +10,13 @@ default the subject) is what a split must not cut. Excluded rows stay in the lis
 The manifest hash, over (id, sha, status, split) of all rows, tells whether a run may go on with a list; `changes`
 says why not.
 """
+import collections
 import datetime
 import hashlib
 import json
 import math
 import os
+from typing import NamedTuple
 
 from etils import epath
 
@@ -28,6 +30,7 @@ KINDS = ('volume', 'subvolume', 'image', 'pair', 'report')
 SPLITS = ('train', 'val', 'test')
 STATUS = ('ok', 'warn', 'excluded')
 NAME = 'manifest.jsonl'
+READ_BY = {'ct': ('volume', 'subvolume'), 'xray': ('image',)}    # stream -> kinds of rows that it reads
 SHOWN = 8    # names of changed rows of one kind
 
 
@@ -142,6 +145,11 @@ def subject(row: dict) -> str:
   return f'{row["dataset"]}/{row["subject"]}' if 'dataset' in row else row['subject']
 
 
+def number(group: str) -> int:
+  """The name of a group as int32, for whom texts are too long."""
+  return int.from_bytes(hashlib.blake2b(str(group).encode(), digest_size=4).digest(), 'big') >> 1
+
+
 def usable(rows) -> list[dict]:
   """Rows that are not excluded."""
   return [r for r in rows if r.get('status') != 'excluded']
@@ -235,6 +243,45 @@ def _join(root: str, path) -> str:
   return str(path) if '://' in str(path) else os.path.join(root, path)
 
 
+class Listed(NamedTuple):
+  """A manifest that a run trains on; `records`, `digest` and `listing` are those that a stream has, too."""
+  path: str          # of the .jsonl file
+  rows: list[dict]   # all of them
+
+  @property
+  def records(self) -> int:
+    return len(self.rows)
+
+  @property
+  def digest(self) -> str:
+    """The manifest hash."""
+    return digest(self.rows)
+
+  def listing(self) -> list[dict]:
+    return [brief(row) for row in self.rows]
+
+  def training(self, stream: str) -> list[dict]:
+    """The usable rows of split train that a stream ('ct' or 'xray') reads, sorted by id.
+
+    Raises:
+      DataError: SPLIT_EMPTY, saying what there is instead.
+    """
+    mine = [r for r in self.rows if r['kind'] in READ_BY[stream]]
+    found = sorted((r for r in usable(mine) if r.get('split') == 'train'), key=lambda r: r['id'])
+    if not found:
+      others = collections.Counter(r['status'] if r['status'] == 'excluded' else r.get('split', 'without split')
+                                   for r in mine)
+      told = ', '.join(f'{n} {what}' for what, n in sorted(others.items())) or 'none of any split'
+      raise DataError('SPLIT_EMPTY', self.path, f'no usable {READ_BY[stream][0]} in split train ({told})',
+                      f'give it some, or set phases.{stream}=0')
+    return found
+
+
+def load(path) -> Listed:
+  """Reads what data.manifest names: a .jsonl file, or a folder with manifest.jsonl. Raises what `read` raises."""
+  return Listed(_file(path), read(path, labelled=False))
+
+
 # ---- writing
 
 def write(folder, rows, *, root=None, config: dict | None = None, **more) -> str:
@@ -318,6 +365,11 @@ def _relative(path: str, base: str) -> str:
 
 
 # ---- comparing
+
+def brief(row: dict) -> dict:
+  """What of a row makes the manifest hash."""
+  return {k: row[k] for k in ('id', 'sha', 'status', 'split') if k in row}
+
 
 def _state(row: dict) -> list:
   return [row['id'], row.get('sha'), row.get('status') or 'ok', row.get('split')]

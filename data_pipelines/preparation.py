@@ -111,15 +111,9 @@ def make_shard(out: str, unit: Unit, rows: list[dict], config: Config) -> None:
   kinds = ('ct', 'whole') if unit.kind == 'ct' and config.modality == 'ct' else (unit.kind,)
   writers = {k: records.Writer(file_of(out, k, unit), k, config.compress, config.modality) for k in kinds}
   for row in rows:
-    try:
-      item = readers.of_row(row)
-      row = row | {'sha': row.get('sha') or readers.sha(item)}
-      made = _records(row, item, unit.kind, config)
-    except Exception as e:      # one file must not end the work of days
-      e = e if isinstance(e, DataError) else DataError('READER', row['path'], f'{type(e).__name__}: {e}', 'report it')
-      files.warn(e, 'left out')
-      done.append(excluded(row, e))
-      made = []
+    made, lost = _tried(row, unit.kind, config)
+    done += lost
+    record = None
     for kind, record, entry in made:
       if entry:
         place[entry['id']] = writers[kind].count
@@ -127,12 +121,25 @@ def make_shard(out: str, unit: Unit, rows: list[dict], config: Config) -> None:
       if 'whole' in writers and kind == 'ct':
         record['whole'] = writers['whole'].count
       writers[kind].write(record)
+    del made, record      # two files at a time would be too much
   shard = records.shard_name(unit.kind, unit.split, unit.shard, unit.shards)
   for entry in done:
     if entry['id'] in place:
       entry['record'] = [shard, place[entry['id']]]
   written = {k: w.close() for k, w in writers.items()}
   _write(epath.Path(out) / JOURNAL / f'{unit.name}.json', {'written': written, 'rows': done})
+
+
+def _tried(row, kind, config) -> tuple[list, list]:
+  """-> (what `_records` gives, []), or ([], [the row as excluded])."""
+  try:
+    item = readers.of_row(row)
+    row = row | {'sha': readers.sha(item, row.get('sha'))}
+    return _records(row, item, kind, config), []
+  except Exception as e:      # one file must not end the work of days
+    e = e if isinstance(e, DataError) else DataError('READER', row['path'], f'{type(e).__name__}: {e}', 'report it')
+    files.warn(e, 'left out')
+    return [], [excluded(row, e)]
 
 
 def _records(row, item, kind, config) -> list:

@@ -119,12 +119,21 @@ def of_row(row: dict, format: str = 'auto') -> Item:
   return first._replace(further=tuple(further))
 
 
-def sha(sample: Item) -> str:
-  """The content hash of a sample; of several sequences the order counts. Raises DataError: UNREADABLE."""
+def sha(sample: Item, said: str | None = None) -> str:
+  """The content hash of a sample; of several sequences the order counts.
+
+  Raises:
+    DataError: UNREADABLE; CHANGED, if a manifest said another one.
+  """
   if not sample.further:
-    return files.sha(sample.files)
-  each = [f'{files.sha(s.files)} {_one_of(s.path)[1]}' for s in (sample, *sample.further)]
-  return hashlib.blake2b('\n'.join(each).encode(), digest_size=16).hexdigest()
+    found = files.sha(sample.files)
+  else:
+    each = [f'{files.sha(s.files)} {_one_of(s.path)[1]}' for s in (sample, *sample.further)]
+    found = hashlib.blake2b('\n'.join(each).encode(), digest_size=16).hexdigest()
+  if said not in (None, found):
+    raise DataError('CHANGED', sample.path, f'its content has the hash {found}, the manifest says {said}',
+                    'bring the file back, or let the doctor write the manifest anew')
+  return found
 
 
 def volume(source, *, oblique: str = 'resample', frame=None, hu: bool = True, resample_gaps: bool = False) -> Volume:

@@ -238,6 +238,7 @@ class Shards:
     if lost := [f for f, n in zip(self.files, self.lengths) if n and not epath.Path(f).exists()]:
       raise DataError('SHARDS', lost[0], f'{len(lost)} of {len(self.files)} shards are not there',
                       'copy them again, or prepare the folder again')
+    self._names = {os.path.basename(f): i for i, f in enumerate(self.files)}
     self._starts = np.cumsum([0, *self.lengths]).tolist()
     self._lock, self._readers = threading.Lock(), {}
 
@@ -262,6 +263,17 @@ class Shards:
     shard = bisect.bisect_right(self._starts, i) - 1
     return shard, i - self._starts[shard]
 
+  def number(self, file: str, i: int) -> int:
+    """Number of record i of the shard of this name, as the manifest has them: the way back of `place`.
+
+    Raises:
+      KeyError: there is no such record.
+    """
+    shard = self._names[file]
+    if not 0 <= i < self.lengths[shard]:
+      raise KeyError(i)
+    return self._starts[shard] + i
+
   def at(self, shard: int, i: int) -> dict:
     """Record i of one shard."""
     try:
@@ -274,6 +286,7 @@ class Shards:
     except Exception as e:      # the reader of array_record raises plain exceptions
       raise DataError('RECORD', f'{self.files[shard]} record {i}', f'{type(e).__name__}: {e}'[:200],
                       'copy the shard again, or prepare the folder again') from e
+
   def _reader(self, shard: int, anew: bool = False):
     with self._lock:
       if anew:

@@ -5,13 +5,14 @@ A stream's position is one integer, the number of rows that all shards together 
 processes. Nothing is filtered here: a record that cannot be read has been replaced by its source.
 """
 import functools
+import os
 import zlib
 from concurrent import futures
 
 import grain
 import numpy as np
 
-from data_pipelines import cases, draw, files, labelled, prepared, sample, sequences, sources
+from data_pipelines import cases, draw, files, labelled, manifest, prepared, sample, sequences, sources
 from data_pipelines.errors import DataError
 
 STREAMS = ('ct', 'xray')
@@ -24,17 +25,18 @@ def build(config, names=None, shard_index: int = 0, shard_count: int = 1) -> dic
   """{name: Stream} of this shard.
 
   Args:
-    config: the run config; reads seed, batch, data, views, drr.
+    config: the run config; reads seed, epochs, batch, data, views, drr.
     names: which of 'ct' and 'xray'; None = those with a non-zero batch.
     shard_index, shard_count: this process among those that share every global batch.
 
   Raises:
-    DataError: nothing to read at data.ct or data.xray.
+    DataError: nothing to read at data.ct, data.xray or data.manifest.
     ValueError: a global batch that the shards cannot share evenly.
   """
   files.single_threaded_blas()    # sources reduce scans with it
   names = [n for n in STREAMS if config.batch[n]] if names is None else names
-  return {n: Stream(n, config, _source(n, config), shard_index, shard_count) for n in names}
+  listed = manifest.load(config.data.manifest) if config.data.manifest else None
+  return {n: Stream(n, config, _source(n, config, listed), shard_index, shard_count, listed) for n in names}
 
 
 def views(name: str, record: dict, config, rng, drr: bool = True) -> dict:
@@ -56,10 +58,11 @@ class Stream:
     records: number of records of the source.
     spec: {field: (shape, dtype)} of one row.
     source: the record source.
+    manifest: manifest.Listed that names its records, or None.
   """
 
-  def __init__(self, name, config, source, shard_index=0, shard_count=1):
-    self.name, self.source, self.records = name, source, len(source)
+  def __init__(self, name, config, source, shard_index=0, shard_count=1, listed=None):
+    self.name, self.source, self.records, self.manifest = name, source, len(source), listed
     self.batch = config.batch[name]
     self._shard = shard_index, shard_count
     if not self.records:
@@ -182,19 +185,25 @@ def _parse_flags() -> None:
     flags.FLAGS.mark_as_parsed()
 
 
-def _source(name: str, config):
-  """Records of data.ct or data.xray: phantoms, folders, prepared shards, or several of them mixed."""
+def _source(name: str, config, listed=None):
+  """Records of data.manifest (its files, or their shards beside it), or of data.ct or data.xray: phantoms, folders,
+  prepared shards, or several of them mixed."""
   if 'task' in config:
     return labelled.source(name, config)
   data, whole = config.data, sources.needs_whole(config)
   spec = data[name]
-  if not spec:
+  if not spec and not listed:
     return (sources.PhantomCT(config.seed, data.phantom_records, whole=whole) if name == 'ct' else
             sources.PhantomXray(config.seed, data.phantom_records))
   more = {'ct': {'whole': whole, 'modality': data.modality}, 'xray': {}}[name] | {'on_bad_file': data.on_bad_file}
   scans = functools.partial(sources.CTFolder, sequences=sequences.parse(data.sequences))
   folder = {'ct': scans, 'xray': sources.XrayFolder}[name]
   shards = {'ct': prepared.PreparedCT, 'xray': prepared.PreparedXray}[name]
+  if listed:
+    rows = listed.training(name)
+    if any('record' in row for row in rows):
+      return shards(os.path.dirname(listed.path), rows=rows, **more)
+    return folder(listed.path, rows=rows, **more)
   shares = prepared.weights(spec)
   ready = {p: w for p, w in shares.items() if prepared.is_prepared(p, name)}
   if not ready and set(shares.values()) == {1.}:

@@ -16,6 +16,7 @@ from unimiss_jax.views import matrices
 TILE = 24                         # slices; the stride is half of it
 WIDE = 320                        # voxels
 WHOLE_MM, WHOLE_BYTES = 3., 4 << 20
+SLAB = 8                          # slices that are resampled at a time
 
 
 class Scan(NamedTuple):
@@ -90,7 +91,10 @@ def scaled(sources, modality: str, paths) -> tuple[list, dict]:
 
 def hounsfield(array: np.ndarray) -> np.ndarray:
   """Scaled values [D, H, W] -> int16, rounded and clipped."""
-  return np.clip(np.rint(array) if array.dtype == np.float32 else array, *HU_RANGE).astype(np.int16)
+  hu = np.empty(array.shape, np.int16)
+  for out, plane in zip(hu, array):    # slice by slice: copies of all of it would be many times its size
+    out[:] = np.clip(np.rint(plane) if plane.dtype == np.float32 else plane, *HU_RANGE)
+  return hu
 
 
 def judge(volume: Volume, path, modality: str = 'ct') -> list[str]:
@@ -140,10 +144,7 @@ def reduced(volume: np.ndarray, spacing_mm, target_mm: float = WHOLE_MM) -> tupl
   shape = lambda mm: [max(1, round(n * s / mm)) if s < mm else n for n, s in zip(volume.shape, spacing_mm)]
   while np.prod(shape(target_mm)) * 2 > WHOLE_BYTES:
     target_mm *= 1.1
-  d, h, w = (matrices.resize('area', 0, n, n, m) for n, m in zip(volume.shape, shape(target_mm)))
-  planes = np.stack([h @ plane.astype(np.float32) @ w.T for plane in volume])
-  out = np.rint(np.tensordot(d, planes, 1)).astype(np.int16)
-  return out, tuple(s * n / m for s, n, m in zip(spacing_mm, volume.shape, out.shape))
+  return _resized(volume, spacing_mm, shape(target_mm))
 
 
 def resampled(volume: np.ndarray, spacing_mm, target_mm) -> tuple[np.ndarray, tuple]:
@@ -157,16 +158,21 @@ def resampled(volume: np.ndarray, spacing_mm, target_mm) -> tuple[np.ndarray, tu
     int16 [d, h, w] and its exact spacing: a whole number of samples fills the extent.
   """
   shape = [max(1, round(n * s / t)) if t else n for n, s, t in zip(volume.shape, spacing_mm, target_mm)]
+  return _resized(volume, spacing_mm, shape)
+
+
+def _resized(volume: np.ndarray, spacing_mm, shape) -> tuple[np.ndarray, tuple]:
+  """int16 [D, H, W] -> int16 of `shape` (the same array where that is its own), and its spacing.
+
+  A slab after the other, as floats of all of it would be many times its size.
+  """
   if tuple(shape) == volume.shape:
     return volume, tuple(spacing_mm)
-  d, h, w = (None if n == m else matrices.resize('area' if m < n else 'linear', 0, n, n, m)
-             for n, m in zip(volume.shape, shape))
-  out = np.empty((len(volume), *shape[1:]), np.float32)
-  for plane, given in zip(out, volume):
-    plane[:] = _along(_along(given.astype(np.float32), h, 0), w, 1)
-  out = np.rint(_along(out, d, 0)).astype(np.int16)
-  return out, tuple(s * n / m for s, n, m in zip(spacing_mm, volume.shape, out.shape))
-
-
-def _along(array, matrix, axis: int):
-  return array if matrix is None else np.moveaxis(np.tensordot(matrix, array, (1, axis)), 0, axis)
+  d, h, w = (matrices.resize('area' if m < n else 'linear', 0, n, n, m) for n, m in zip(volume.shape, shape))
+  out, planes = np.empty(shape, np.int16), {}    # planes: index of a slice -> float32 [h, w]
+  for k in range(0, len(out), SLAB):
+    used = np.flatnonzero(d[k:k + SLAB].any(0))
+    planes = {i: planes[i] if i in planes else matrices.right(matrices.left(h, volume[i].astype(np.float32)), w)
+              for i in used}
+    out[k:k + SLAB] = np.rint(np.tensordot(d[k:k + SLAB, used], np.stack([planes[i] for i in used]), 1))
+  return out, tuple(s * n / m for s, n, m in zip(spacing_mm, volume.shape, shape))

@@ -50,6 +50,8 @@ LEAVES = [
      r'data.sequences="_t1,_t2,_flair" names 3, model.in_channels=\(3, 1\): use model.in_channels=\(3, 3\)'),
     ({'model.in_channels': (3, 2)}, r'model.in_channels=\(3, 2\): CT has one sequence; use data.modality=mr, or'),
     ({'model.in_channels': (1, 1)}, r'model.in_channels=\(1, 1\): images have 3 channels, .*; use \(3, 1\)'),
+    ({'data.manifest': '/m', 'data.xray': '/x'}, r'data.manifest="/m" says what is trained on, and so does '
+     r'data.xray="/x": set one of them to ""'),
 ]
 
 

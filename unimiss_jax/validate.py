@@ -90,6 +90,9 @@ def validate(config) -> None:
       raise ConfigError(f'phases.{s}={config.phases[s]}: must be at least 0')
     if config.phases[s] and config.batch[s] < 1:
       raise ConfigError(f'batch.{s}={config.batch[s]}: must be at least 1, or set phases.{s}=0')
+  if config.data.manifest and (two := [s for s in STREAMS if config.data[s]]):
+    raise ConfigError(f'data.manifest="{config.data.manifest}" says what is trained on, and so does '
+                      f'data.{two[0]}="{config.data[two[0]]}": set one of them to ""')
   for path in ('checkpoint.every', 'checkpoint.keep', 'log.every', 'optim.accum', 'optim.max_skipped',
                'data.phantom_records', 'data.views_per_read', 'loss.slices'):
     if has(config, path) and leaf(config, path) < 1:

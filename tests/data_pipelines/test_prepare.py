@@ -20,6 +20,7 @@ from data_pipelines import manifest, nifti, preparation, prepare, prepared, read
 from data_pipelines.errors import DataError
 from tests.conftest import ROOT
 from tests.data_pipelines import dicom_files
+from unimiss_jax.views import matrices
 
 VOLUMES, PICTURES = 5, 3
 SHARDS = '--num_shards=3'
@@ -399,6 +400,15 @@ def test_resampling_keeps_the_extent():
   np.testing.assert_allclose(out[2:-2, 7, 0] - out[2, 7, 0], (fine - fine[2])[2:-2], atol=1)
   same, mm = tiles.resampled(ramp, (3., 2., 1.), (3., 0., 1.))
   assert same is ramp and mm == (3., 2., 1.)
+
+
+@pytest.mark.parametrize('to_mm', [(1., .5, .6), (3.1, .3, 2.), (5., 0., 1.6), (0., 1.6, 0.)])
+def test_resampling_a_slab_at_a_time_is_that_of_the_whole_volume(to_mm):
+  volume = np.random.default_rng(0).integers(-1024, 3000, (37, 25, 22)).astype(np.int16)
+  out, _ = tiles.resampled(volume, (2., .8, .8), to_mm)
+  d, h, w = (matrices.resize('area' if m < n else 'linear', 0, n, n, m) for n, m in zip(volume.shape, out.shape))
+  whole = np.einsum('az,by,cx,zyx->abc', d, h, w, volume.astype(float), optimize=True)
+  np.testing.assert_allclose(out, whole, rtol=0, atol=.5 + 1e-3)      # float32 beside float64, then rounded
 
 
 # ---- reading
