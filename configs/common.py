@@ -25,7 +25,7 @@ def base() -> ConfigDict:
       ct='',                      # folder or glob(s), comma separated; '' = phantoms
       xray='',                    # likewise
       manifest='',                # fine-tuning: a labelled manifest.jsonl; '' = phantoms
-      label_fraction=1.,          # fine-tuning: share of the labelled training patients; smaller ones lie in larger ones
+      label_fraction=1.,          # fine-tuning: share of the labelled training patients, smaller ones in larger ones
       modality='ct',              # values must be HU; other modalities are not read yet
       phantom_records=768,        # phantoms per stream, where data.ct or data.xray is ''
       views_per_read=1,           # pairs of views drawn from one read of a record, one after the other
@@ -59,7 +59,7 @@ def base() -> ConfigDict:
           gamma=(0.7, 1.5),       # likewise
           gamma_p=(0.8, 1.0),
       ),
-      xray=image_views(scale=(0.14, 1.0)),
+      xray=image_views(scale=(0.14, 1.0)) | dict(updown_p=0.),      # beside flip_p, which is left-right
       drr=image_views(scale=(0.3, 1.0)),
   ))
   c.drr = ConfigDict(dict(

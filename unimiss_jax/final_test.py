@@ -20,6 +20,7 @@ ROW_LEAVES = ('init_from', 'init_branch', 'init_parts', 'init_allow', 'pos_resiz
 def recipe_hash(config) -> str:
   """Of all leaves that rows of one comparison must share."""
   leaves = {k: v for k, v in workdir.binding(workdir.flat(config.to_dict())).items() if k not in ROW_LEAVES}
+  leaves |= {f'eval.{k}': config.eval[k] for k in ('select', 'patience', 'every')}      # which weights are tested
   return hashlib.blake2b(json.dumps(leaves, sort_keys=True, default=str).encode(), digest_size=8).hexdigest()
 
 
