@@ -61,7 +61,7 @@ def base() -> ConfigDict:
           gamma=(0.7, 1.5),       # likewise
           gamma_p=(0.8, 1.0),
       ),
-      xray=image_views(scale=(0.14, 1.0)),
+      xray=image_views(scale=(0.14, 1.0)) | dict(updown_p=0.),      # beside flip_p, which is left-right
       drr=image_views(scale=(0.3, 1.0)),
   ))
   c.drr = ConfigDict(dict(

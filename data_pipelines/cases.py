@@ -79,9 +79,10 @@ def _normalised(x, task, scale: float):
 
 # ---- tests
 
-def of(config, split: str):
-  """The cases of the split of a task. Raises DataError."""
-  return Cases('ct' if config.phases.ct else 'xray', config, split)
+def of(config, split: str, source=None):
+  """The cases of the split of a task; `source` = its records, where they are open already. Raises DataError."""
+  name = 'ct' if config.phases.ct else 'xray'
+  return Cases(name, config, split, source or labelled.source(name, config, split))
 
 
 class Cases:
@@ -93,9 +94,8 @@ class Cases:
     size: [D, H, W] or [h, w] of what the network is given.
   """
 
-  def __init__(self, stream: str, config, split: str):
-    self.stream, self.config, self.name = stream, config, f'{split} cases'
-    self.source = labelled.source(stream, config, split)
+  def __init__(self, stream: str, config, split: str, source):
+    self.stream, self.config, self.name, self.source = stream, config, f'{split} cases', source
     self.classes, self.groups = self.source.classes, self.source.groups()
     self.size = tuple(config.views.ct.size) if stream == 'ct' else (config.views.xray.size,) * 2
 
@@ -112,6 +112,12 @@ class Cases:
   def views(self, record) -> np.ndarray:
     """What a case is classified by: [V, *size, C]; the mean over the views counts."""
     return self._of_volume(record) if self.stream == 'ct' else self._of_picture(record)
+
+  def plain(self, record) -> np.ndarray:
+    """The centre view alone, [*size, C]."""
+    if self.stream == 'ct':
+      return _volumes(record, draw.ct_centre(self.config, *_geometry(record))['ct'], self.config)[0]
+    return _pictures(record, draw.xray_centre(self.config, record['image'].shape)['xray'], self.config)[0]
 
   def working(self, record) -> np.ndarray:
     """What a case is segmented on: [D, H, W, C] at task.spacing_mm, or the whole picture as [*size, 3]."""
@@ -136,8 +142,8 @@ class Cases:
 
   def _of_volume(self, record):
     shape, cfg = record['volume'].shape[-3:], self.config.views.ct
-    params = draw.ct_centre(self.config, shape, record['spacing_mm'])['ct']
-    if cfg.extent == 'output' and self.config.task.test_view == 'windows':
+    params = draw.ct_centre(self.config, *_geometry(record))['ct']
+    if self.config.task.test_view == 'windows':
       starts = [_starts(n, m) for n, m in zip(shape, cfg.size)]
       corners = np.array(list(itertools.product(*starts)), np.float32)
       params = {k: np.repeat(v, len(corners), 0) for k, v in params.items()} | {'box_start': corners}
@@ -146,7 +152,7 @@ class Cases:
   def _of_picture(self, record):
     shape, how = record['image'].shape, self.config.task.test_view
     if how == 'centre':
-      return _pictures(record, draw.xray_centre(self.config, shape)['xray'], self.config)
+      return self.plain(record)[None]
     params = draw.xray_whole(shape)['xray']
     if how != 'tencrop':
       return _pictures(record, params, self.config)
@@ -157,6 +163,10 @@ class Cases:
     params |= {'box_start': np.repeat(np.array(corners, np.float32), 4, 0), 'flip': np.tile(flips, (5, 1)),
                'box_size': np.repeat(wide[None].astype(np.float32), 20, 0)}
     return _pictures(record, params, self.config)
+
+
+def _geometry(record) -> tuple:
+  return record['volume'].shape[-3:], record['spacing_mm']
 
 
 TEN_CROP_OF = 256.      # pixels of the picture that crops of views.xray.size are cut from

@@ -53,13 +53,14 @@ def ct_view(rng, config, shape, focus=None) -> dict:
   """One CT view, for a record with labels: the first of a pair.
 
   Args:
-    focus: voxel (z, y, x) that the box must hold, at a random place of it; None = anywhere.
+    focus: voxel (z, y, x) that the box must hold, at a random place of it; None = anywhere. Only extent='output'.
   """
   params = {name: values[:1] for name, values in _volumes(rng, config.views.ct, shape).items()}
   if focus is not None:
-    size = params['box_size'][0]
+    size = params['box_size'][0]      # whole voxels, as the start
     room = np.minimum(0, shape - size), np.maximum(0, shape - size)
-    params['box_start'] = np.clip(np.add(focus, .5) - rng.random(3) * size, *room)[None].astype(np.float32)
+    start = np.subtract(focus, rng.integers(0, size.astype(int)))
+    params['box_start'] = np.clip(start, *room)[None].astype(np.float32)
   return {'ct': params}
 
 
@@ -113,9 +114,11 @@ def _volumes(rng, cfg, shape) -> dict:
 def _pictures(rng, cfg, shape) -> dict:
   """Parameters of two views of a radiograph."""
   boxes = [_random_resized(rng, cfg, shape, whole=True) for _ in range(2)]
-  flip = np.stack([np.zeros(2, bool), rng.random(2) < cfg.flip_p], 1)    # left-right only
+  leftright = rng.random(2) < cfg.flip_p
+  updown = rng.random(2) < cfg.updown_p if cfg.updown_p else np.zeros(2, bool)
   return dict(box_start=np.array([b[0] for b in boxes], np.float32),
-              box_size=np.array([b[1] for b in boxes], np.float32), flip=flip, **_photometry(rng, cfg))
+              box_size=np.array([b[1] for b in boxes], np.float32), flip=np.stack([updown, leftright], 1),
+              **_photometry(rng, cfg))
 
 
 def _boxes(rng, cfg, shape) -> dict:

@@ -19,6 +19,7 @@ from unimiss_jax.report.results import ROW_LEAVES
 def recipe_hash(config) -> str:
   """Of all leaves that rows of one comparison must share: all but ROW_LEAVES."""
   leaves = {k: v for k, v in workdir.binding(workdir.flat(config.to_dict())).items() if k not in ROW_LEAVES}
+  leaves |= {f'eval.{k}': config.eval[k] for k in ('select', 'patience', 'every')}      # which weights are tested
   return hashlib.blake2b(json.dumps(leaves, sort_keys=True, default=str).encode(), digest_size=8).hexdigest()
 
 

@@ -184,6 +184,7 @@ class Run:
     self.describe()
     self.observer = Observer(config, self.method, self.mesh, evalset.build(config) if config.eval.tasks else None,
                              evalset.preview(config, self.streams))
+    tests = cases.of(config, 'test') if 'task' in config else None      # a fault of theirs must not wait for the end
     plan = [self.method.schedule(i)[0] for i in range(total)]
     names = tuple(self.method.phases)
     progress = Progress(np.array([names.index(p) for p in plan], int), names)
@@ -232,8 +233,8 @@ class Run:
     self.checkpoints.wait()
     if self.best:
       self.best.checkpoints.wait()
-    if 'task' in config:
-      self.test(watchdog)
+    if tests:
+      self.test(tests, watchdog)
     self.mirror.flush()
     if self.main:
       workdir.finish(self.folder, config)
@@ -287,17 +288,17 @@ class Run:
     if positions is not None and self.best:
       self.best.offer(at, self.state, values, self.about(positions))
 
-  def test(self, watchdog):
+  def test(self, tests, watchdog):
     """The best weights, or the last ones, on the test split."""
     restored = self.best.restore(self.template) if self.best else None
     state = restored[0] if restored else self.state
-    test = cases.of(self.config, 'test')
+    fit = cases.of(self.config, 'train', self.streams[tests.stream].source)
     watchdog.alive()
-    about = {'step': int(state.step), 'loaded': list(self.loaded), 'parameters': parameters(state.params),
-             'seconds': time.monotonic() - self.began}
+    about = {'step': int(state.step), 'steps': int(self.state.step), 'loaded': list(self.loaded),
+             'parameters': parameters(state.params), 'seconds': time.monotonic() - self.began}
     local = self.mirror.local if self.main else None
-    save = lambda i, labels: test.save(i, labels, local / 'eval' / 'predictions')
-    final_test.run(self.config, self.observer.logits(state, test), cases.of(self.config, 'train'), test, about, local,
+    save = lambda i, labels: tests.save(i, labels, local / 'eval' / 'predictions')
+    final_test.run(self.config, self.observer.logits(state, tests), fit, tests, about, local,
                    save if self.config.eval.save else None)
 
   def pictures(self, at: int):

@@ -98,8 +98,8 @@ def validate(config) -> None:
     if has(config, path) and leaf(config, path) < 1:
       raise ConfigError(f'{path}={leaf(config, path)}: must be at least 1')
   for path in ('log.watchdog_min', 'log.images_every', 'eval.every', 'data.workers', 'optim.clip',
-               'optim.warmup_epochs', 'eval.patience'):
-    if leaf(config, path) < 0:
+               'optim.warmup_epochs', 'eval.patience', 'task.epoch_steps'):
+    if has(config, path) and leaf(config, path) < 0:
       raise ConfigError(f'{path}={leaf(config, path)}: must be at least 0')
   if unknown := set(config.eval.tasks) - set(TASKS):
     raise ConfigError(f'eval.tasks: "{min(unknown)}" unknown: use some of {", ".join(TASKS)}')
@@ -111,6 +111,8 @@ def validate(config) -> None:
         raise ConfigError(f'views.{section}.{name}={tuple(config.views[section][name])}: needs two numbers')
   if not 0 < config.eval.fit < config.eval.records:
     raise ConfigError(f'eval.fit={config.eval.fit}: must lie between 0 and eval.records={config.eval.records}')
+  if config.eval.patience and not (config.eval.select and config.eval.every):
+    raise ConfigError(f'eval.patience={config.eval.patience}: needs eval.select and eval.every')
   if unknown := set(config.init_parts) - set(PARTS):
     raise ConfigError(f'init_parts: "{min(unknown)}" unknown: use some of {", ".join(PARTS)}')
   if 'task' in config:
@@ -125,10 +127,19 @@ def _task(config) -> None:
     raise ConfigError('a task learns from one kind of image: set one of phases.ct and phases.xray to 0')
   if not 0 < data.label_fraction <= 1:
     raise ConfigError(f'data.label_fraction={data.label_fraction}: must lie in (0, 1]')
+  if data.label_fraction < 1 and config.epochs and not task.epoch_steps:
+    raise ConfigError(f'data.label_fraction={data.label_fraction}, epochs={config.epochs}: fewer labels would mean '
+                      'fewer steps. FIX: set steps and epochs=0, or task.epoch_steps')
   if data.ct or data.xray:
     raise ConfigError('data.ct and data.xray have no labels: name a labelled data.manifest')
   if task.kind == 'seg' and config.phases.ct and config.views.ct.extent != 'output':
     raise ConfigError(f'views.ct.extent="{config.views.ct.extent}": a segmentation of volumes cuts patches, use output')
+  views = (('centre', 'whole', 'tencrop') if config.phases.xray else
+           ('centre', 'whole') if config.views.ct.extent == 'record' else ('centre', 'windows'))
+  if task.kind == 'cls' and task.test_view not in views:
+    raise ConfigError(f'task.test_view="{task.test_view}": here it is one of {", ".join(views)}')
+  if task.kind == 'seg' and not (task.ce_weight or task.dice_weight):
+    raise ConfigError('task.ce_weight=0, task.dice_weight=0: nothing to learn from, give one a weight')
   if task.threshold and len(task.classes) != 1:
     raise ConfigError(f'task.threshold={task.threshold}: for one class, task.classes has {len(task.classes)}')
   if task.mask_values and len(task.mask_values) != len(task.classes):

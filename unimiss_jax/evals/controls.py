@@ -31,7 +31,7 @@ def _pixels(cases) -> tuple:
   rows, labels = [], []
   for i in range(len(cases)):
     record = cases.record(i)
-    view = cases.views(record).mean(0)[None, ..., 0]
+    view = cases.plain(record)[None, ..., 0]
     rows.append(pooled(view, PIXELS[view.ndim - 1])[0])
     labels.append(record['label'])
   return np.array(rows), np.array(labels)
@@ -52,6 +52,7 @@ def segment(fit, cases, task) -> dict[str, float]:
   place = np.clip(place / len(fit), 1e-4, None)
   mean = moments[:, 1] / np.maximum(moments[:, 0], 1)
   std = np.sqrt(np.maximum(moments[:, 2] / np.maximum(moments[:, 0], 1) - mean**2, 1e-4))
+  mean, std = mean.astype(np.float32), std.astype(np.float32)      # large volumes have many voxels and many classes
   out = {}
   for name, seen in (('chance', False), ('raw', True)):
     dice = []
