@@ -3,7 +3,7 @@ import itertools
 
 import numpy as np
 
-from data_pipelines import draw, labelled, sample
+from data_pipelines import draw, labelled, sample, windows
 from unimiss_jax.views import image, matrices, volume
 
 
@@ -26,7 +26,7 @@ def view(name: str, record: dict, config, rng) -> dict:
   else:
     shape = record['image'].shape
     params = draw.xray_view(rng, config, shape)['xray']
-    made = _pictures(record, params, config)
+    made = pictures(record, params, config)
   if config.task.kind == 'cls':
     return {name: made, 'label': record['label']}
   return {name: made, 'mask': cut(record['mask'], {k: v[0] for k, v in params.items()}, made.shape[1:-1])}
@@ -57,15 +57,15 @@ def _focus(rng, record, task):
 
 def _volumes(record, params, config) -> np.ndarray:    # [V, D, H, W, 1]
   x = np.stack([volume.view(record['volume'], p, config.views.ct) for p in sample.each(params)])[..., None]
-  return _normalised(x, config.task, volume.SCALE)
+  return normalised(x, config.task, volume.SCALE)
 
 
-def _pictures(record, params, config) -> np.ndarray:   # [V, h, w, 3]
+def pictures(record, params, config) -> np.ndarray:   # [V, h, w, 3]
   x = np.stack([image.view(record['image'], p, config.views.xray) for p in sample.each(params)])[..., None]
-  return np.repeat(_normalised(x, config.task, 1.), 3, -1)
+  return np.repeat(normalised(x, config.task, 1.), 3, -1)
 
 
-def _normalised(x, task, scale: float):
+def normalised(x, task, scale: float):
   """(value - mean) / std, values in HU for volumes and of [0, 1] for pictures; `scale` = value of 1 in x."""
   low, high = task.clip
   if high > low:
@@ -113,14 +113,14 @@ class Cases:
   def working(self, record) -> np.ndarray:
     """What a case is segmented on: [D, H, W, 1] at task.spacing_mm, or the whole picture as [*size, 3]."""
     if self.stream == 'xray':
-      return _pictures(record, draw.xray_whole(record['image'].shape)['xray'], self.config)[0]
-    return _normalised(record['volume'][..., None] / np.float32(volume.SCALE), self.config.task, volume.SCALE)
+      return pictures(record, draw.xray_whole(record['image'].shape)['xray'], self.config)[0]
+    return normalised(record['volume'][..., None] / np.float32(volume.SCALE), self.config.task, volume.SCALE)
 
   def _of_volume(self, record):
     shape, cfg = record['volume'].shape, self.config.views.ct
     params = draw.ct_centre(self.config, shape, record['spacing_mm'])['ct']
     if cfg.extent == 'output' and self.config.task.test_view == 'windows':
-      starts = [_starts(n, m) for n, m in zip(shape, cfg.size)]
+      starts = [windows.spread(n, m, max(m // 2, 1)) for n, m in zip(shape, cfg.size)]
       corners = np.array(list(itertools.product(*starts)), np.float32)
       params = {k: np.repeat(v, len(corners), 0) for k, v in params.items()} | {'box_start': corners}
     return _volumes(record, params, self.config)
@@ -128,25 +128,17 @@ class Cases:
   def _of_picture(self, record):
     shape, how = record['image'].shape, self.config.task.test_view
     if how == 'centre':
-      return _pictures(record, draw.xray_centre(self.config, shape)['xray'], self.config)
+      return pictures(record, draw.xray_centre(self.config, shape)['xray'], self.config)
     params = draw.xray_whole(shape)['xray']
     if how != 'tencrop':
-      return _pictures(record, params, self.config)
+      return pictures(record, params, self.config)
     flips = np.array(list(itertools.product((False, True), repeat=2)))       # 5 crops x 4 flips: 20 distinct views
     wide = np.round(np.array(shape) * (self.size[0] / TEN_CROP_OF))          # whole pixels, as bicubic wants them
     corners = [np.floor(np.multiply(at, shape - wide)) for at in ((0, 0), (0, 1), (1, 0), (1, 1), (.5, .5))]
     params = {k: np.repeat(v, 20, 0) for k, v in params.items()}
     params |= {'box_start': np.repeat(np.array(corners, np.float32), 4, 0), 'flip': np.tile(flips, (5, 1)),
                'box_size': np.repeat(wide[None].astype(np.float32), 20, 0)}
-    return _pictures(record, params, self.config)
+    return pictures(record, params, self.config)
 
 
 TEN_CROP_OF = 256.      # pixels of the picture that crops of views.xray.size are cut from
-
-
-def _starts(length: int, window: int) -> list[int]:
-  """First voxels of windows that overlap by half and cover an axis; of a shorter axis one, in its middle."""
-  if length <= window:
-    return [-((window - length) // 2)]
-  count = -(-(length - window) // max(window // 2, 1)) + 1
-  return [round(i * (length - window) / (count - 1)) for i in range(count)]

@@ -23,8 +23,8 @@ class Item(NamedTuple):
   """A sample: one volume or one radiograph.
 
   Attributes:
-    path: what messages name; `item(path, kind)` finds it again. A file; or the folder of a DICOM series, with
-      `::<SeriesInstanceUID>` where it holds several.
+    path: what messages name; `item(path, kind)` finds it again. A file, with `::<number>` one volume of a 4-D NIfTI
+      file; or the folder of a DICOM series, with `::<SeriesInstanceUID>` where it holds several.
     kind: 'volume' or 'image'.
     format: 'nifti', 'dicom' or 'image' (PNG, JPEG).
     files: all files that it is made of.
@@ -95,6 +95,9 @@ def item(path, kind: str, format: str = 'auto') -> Item:
   """
   _known(kind, format)
   path = os.path.expanduser(str(path))
+  file, number = _one_of(path)
+  if number is not None:
+    return Item(path, kind, 'nifti', nifti.parts(file))
   folder, several, uid = path.rpartition('::')
   if several:
     return _series_in(folder, kind, uid)
@@ -120,7 +123,8 @@ def volume(source, *, oblique: str = 'resample', frame=None) -> Volume:
   source = source if isinstance(source, Item) else item(source, 'volume')
   if source.format == 'dicom':
     return dicom.read(dicom.Series(source.path, '', source.files), oblique=oblique)
-  return nifti.read(source.path, oblique=oblique, frame=frame)
+  path, number = _one_of(source.path)
+  return nifti.read(path, oblique=oblique, frame=frame if number is None else number)
 
 
 def image(source) -> images.Radiograph:
@@ -158,6 +162,12 @@ def _by_name(path: str) -> tuple[str, str]:
   """-> (end of the name, format that it tells); both empty for other names."""
   low = path.lower()
   return next(((s, format) for format, ends in SUFFIXES.items() for s in ends if low.endswith(s)), ('', ''))
+
+
+def _one_of(path: str) -> tuple[str, int | None]:
+  """'x.nii.gz::3' -> the file and the number of its volume; None where the path names no number."""
+  file, _, number = path.rpartition('::')
+  return (file, int(number)) if number.isdecimal() and _by_name(file)[1] == 'nifti' else (path, None)
 
 
 def _end(path: str) -> str:
