@@ -12,6 +12,7 @@ from concurrent import futures
 from typing import Any, NamedTuple
 
 import numpy as np
+from etils import epath
 
 from data_pipelines import cases, doctor, draw, entries, nifti, readers, records, tiles, windows
 from data_pipelines.errors import DataError
@@ -86,7 +87,7 @@ def listed(source: str, every_frame: bool = False) -> tuple[list[Sample], list[s
     DataError: EMPTY_DIR, and those of importers.rows.
   """
   jobs, findings, ignored = doctor.jobs_of(source, 'auto', False, entries.Options(lost=True))
-  root = source if os.path.isdir(source) else os.path.dirname(source)
+  root = source if epath.Path(source).is_dir() else os.path.dirname(source)
   samples, scans = [], collections.defaultdict(list)
   for job in jobs:
     row = job.row

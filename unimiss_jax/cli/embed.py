@@ -7,7 +7,7 @@ import hashlib
 import json
 import logging
 import sys
-from functools import partial
+from functools import cache, partial
 
 import numpy as np
 
@@ -36,7 +36,7 @@ def main(argv=None) -> int:
   p.add_argument('--modality', default='', choices=('', *MODALITIES), help='of volumes; ct refuses values that are no '
                  'HU and leaves out tiles of air; as trained')
   p.add_argument('--frame', type=_frame, default=None, help='of 4-D NIfTI files: a number, or all = a row for each')
-  p.add_argument('--spacing', type=_spacing, default=None, help='z,y,x in mm to resample volumes to, where those of the '
+  p.add_argument('--spacing', type=_spacing, default=None, help='z,y,x in mm to resample volumes to, where the data of '
                  'training were prepared with such; 0 = as in the file')
   p.add_argument('--tile', type=int, default=None, help='slices of a record, where the training data were prepared '
                  'with another --tile')
@@ -130,7 +130,6 @@ def embed(ckpt, data, out, *, per_tile=False, branch='', batch=8, workers=2, mod
 
 def _network(found, batch: int):
   """-> the encoder, and what the table says of it."""
-  from unimiss_jax.optim import named_leaves
   from unimiss_jax.porting import arch as architectures
   from unimiss_jax.porting.errors import PortingError
   from unimiss_jax.report import card
@@ -144,12 +143,19 @@ def _network(found, batch: int):
     logging.warning('%s does not record its preprocessing: assuming that of preset plain, %s', found.source,
                     json.dumps(views))
   encoder = {'transformer': found.params['backbone']['transformer']}
-  digest = hashlib.blake2b(digest_size=16)
-  for name, tensor in sorted(named_leaves(encoder).items()):
-    digest.update(f'{name} {tensor.shape} {tensor.dtype}'.encode() + np.ascontiguousarray(tensor).tobytes())
-  about = {'checkpoint': found.source, 'branch': found.branch, 'weights_hash': digest.hexdigest(), 'arch': fields,
+  about = {'checkpoint': found.source, 'branch': found.branch, 'weights_hash': weights_hash(encoder), 'arch': fields,
            'views': views, 'recorded': recorded}
   return Network(architectures.model(found.arch), encoder, batch), about
+
+
+def weights_hash(encoder) -> str:
+  """Of names, shapes and numbers: the same for a run and for what was exported from it."""
+  from unimiss_jax.optim import named_leaves
+  digest = hashlib.blake2b(digest_size=16)
+  for name, tensor in sorted(named_leaves(encoder).items()):
+    digest.update(f'{name} {tensor.shape} {tensor.dtype}'.encode())
+    digest.update(np.ascontiguousarray(tensor))
+  return digest.hexdigest()
 
 
 def _how(found, about, modality, frame, spacing_mm, tile):
@@ -167,6 +173,12 @@ def _how(found, about, modality, frame, spacing_mm, tile):
   return inference.How(volume, image and ConfigDict({'views': {'xray': image}, 'task': image}), **used)
 
 
+@cache
+def _forward(module):
+  import jax
+  return jax.jit(lambda params, x: module.apply({'params': params}, x, decode=False).embedding)
+
+
 class Network:
   """The encoder, in batches of one static size for each kind of input.
 
@@ -181,7 +193,7 @@ class Network:
     import jax.numpy as jnp
     self.width, self._batch = module.embed_dims[-1], batch
     self._params = jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), params)
-    self._forward = jax.jit(lambda params, x: module.apply({'params': params}, x, decode=False).embedding)
+    self._forward = _forward(module)
     self._waiting = {}      # shape of an input -> [(input, who takes its embedding)]
     self._running = None    # (embeddings that the device is computing, who takes them)
 
