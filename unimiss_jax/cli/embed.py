@@ -105,8 +105,8 @@ def embed(ckpt, data, out, *, per_tile=False, branch='', batch=8, workers=2, mod
     progress.end()      # so that no line is written over another
     files.say(line)
 
-  for number, (sample, seen) in enumerate(inference.ahead(samples, how, workers)):
-    row = table.add(sample)
+  for sample, seen in inference.ahead(samples, how, workers):
+    done, row = len(table.rows), table.add(sample)
     if isinstance(seen, DataError):
       row.fail(seen)
       tell(f'ERROR {seen}')
@@ -119,8 +119,9 @@ def embed(ckpt, data, out, *, per_tile=False, branch='', batch=8, workers=2, mod
           tell(line)
       for k, box in enumerate(seen.boxes):
         network.give(seen.view(k), partial(row.take, box))
-        progress.reach(number + k / len(seen.boxes))
-    progress.reach(number + 1)
+        progress.reach(done + k / len(seen.boxes))
+    progress.reach(done + 1)
+    del seen      # its voxels, before those of the next file come
   network.end()
   progress.end()
   if table.count('ok'):
