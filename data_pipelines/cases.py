@@ -7,7 +7,7 @@ import numpy as np
 from etils import epath
 from PIL import Image
 
-from data_pipelines import draw, labelled, nifti, sample
+from data_pipelines import draw, labelled, nifti, sample, windows
 from unimiss_jax.views import image, matrices, volume
 
 
@@ -30,7 +30,7 @@ def view(name: str, record: dict, config, rng) -> dict:
   else:
     shape = record['image'].shape
     params = draw.xray_view(rng, config, shape)['xray']
-    made = _pictures(record, params, config)
+    made = pictures(record, params, config)
   if config.task.kind == 'cls':
     return {name: made, 'label': record['label']}
   return {name: made, 'mask': cut(record['mask'], {k: v[0] for k, v in params.items()}, made.shape[1:-1])}
@@ -60,15 +60,15 @@ def _focus(rng, record, task):
 
 
 def _volumes(record, params, config) -> np.ndarray:    # [V, D, H, W, C]
-  return _normalised(sample.volumes(record, params, config), config.task, volume.SCALE)
+  return normalised(sample.volumes(record, params, config), config.task, volume.SCALE)
 
 
-def _pictures(record, params, config) -> np.ndarray:   # [V, h, w, 3]
+def pictures(record, params, config) -> np.ndarray:   # [V, h, w, 3]
   x = np.stack([image.view(record['image'], p, config.views.xray) for p in sample.each(params)])[..., None]
-  return np.repeat(_normalised(x, config.task, 1.), 3, -1)
+  return np.repeat(normalised(x, config.task, 1.), 3, -1)
 
 
-def _normalised(x, task, scale: float):
+def normalised(x, task, scale: float):
   """(value - mean) / std, values in HU for volumes and of [0, 1] for pictures; `scale` = value of 1 in x."""
   low, high = task.clip
   if high > low:
@@ -117,14 +117,14 @@ class Cases:
     """The centre view alone, [*size, C]."""
     if self.stream == 'ct':
       return _volumes(record, draw.ct_centre(self.config, *_geometry(record))['ct'], self.config)[0]
-    return _pictures(record, draw.xray_centre(self.config, record['image'].shape)['xray'], self.config)[0]
+    return pictures(record, draw.xray_centre(self.config, record['image'].shape)['xray'], self.config)[0]
 
   def working(self, record) -> np.ndarray:
     """What a case is segmented on: [D, H, W, C] at task.spacing_mm, or the whole picture as [*size, 3]."""
     if self.stream == 'xray':
-      return _pictures(record, draw.xray_whole(record['image'].shape)['xray'], self.config)[0]
+      return pictures(record, draw.xray_whole(record['image'].shape)['xray'], self.config)[0]
     x = np.moveaxis(record['volume'].reshape(-1, *record['volume'].shape[-3:]), 0, -1) / np.float32(volume.SCALE)
-    return _normalised(x, self.config.task, volume.SCALE)
+    return normalised(x, self.config.task, volume.SCALE)
 
   def save(self, i: int, labels: np.ndarray, folder) -> None:
     """Writes a predicted label map beside the others: NIfTI on the grid of the scan's file, PNG on the pixels of the
@@ -144,7 +144,7 @@ class Cases:
     shape, cfg = record['volume'].shape[-3:], self.config.views.ct
     params = draw.ct_centre(self.config, *_geometry(record))['ct']
     if self.config.task.test_view == 'windows':
-      starts = [_starts(n, m) for n, m in zip(shape, cfg.size)]
+      starts = [windows.spread(n, m, max(m // 2, 1)) for n, m in zip(shape, cfg.size)]
       corners = np.array(list(itertools.product(*starts)), np.float32)
       params = {k: np.repeat(v, len(corners), 0) for k, v in params.items()} | {'box_start': corners}
     return _volumes(record, params, self.config)
@@ -155,14 +155,14 @@ class Cases:
       return self.plain(record)[None]
     params = draw.xray_whole(shape)['xray']
     if how != 'tencrop':
-      return _pictures(record, params, self.config)
+      return pictures(record, params, self.config)
     flips = np.array(list(itertools.product((False, True), repeat=2)))       # 5 crops x 4 flips: 20 distinct views
     wide = np.round(np.array(shape) * (self.size[0] / TEN_CROP_OF))          # whole pixels, as bicubic wants them
     corners = [np.floor(np.multiply(at, shape - wide)) for at in ((0, 0), (0, 1), (1, 0), (1, 1), (.5, .5))]
     params = {k: np.repeat(v, 20, 0) for k, v in params.items()}
     params |= {'box_start': np.repeat(np.array(corners, np.float32), 4, 0), 'flip': np.tile(flips, (5, 1)),
                'box_size': np.repeat(wide[None].astype(np.float32), 20, 0)}
-    return _pictures(record, params, self.config)
+    return pictures(record, params, self.config)
 
 
 def _geometry(record) -> tuple:
@@ -170,11 +170,3 @@ def _geometry(record) -> tuple:
 
 
 TEN_CROP_OF = 256.      # pixels of the picture that crops of views.xray.size are cut from
-
-
-def _starts(length: int, window: int) -> list[int]:
-  """First voxels of windows that overlap by half and cover an axis; of a shorter axis one, in its middle."""
-  if length <= window:
-    return [-((window - length) // 2)]
-  count = -(-(length - window) // max(window // 2, 1)) + 1
-  return [round(i * (length - window) / (count - 1)) for i in range(count)]

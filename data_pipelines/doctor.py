@@ -137,7 +137,7 @@ def examine(source, *, workers: int | None = None, format: str = 'auto', modalit
     DataError: EMPTY_DIR, and those of importers.rows: there is nothing that could be looked at.
   """
   source = os.fspath(source)
-  jobs, findings, ignored = _jobs(source, format, as_image, options)
+  jobs, findings, ignored = jobs_of(source, format, as_image, options)
   if ends:
     jobs, left = _joined(jobs, ends)
     ignored = ', '.join(text for text in (ignored, left) if text)
@@ -156,7 +156,9 @@ def examine(source, *, workers: int | None = None, format: str = 'auto', modalit
 
 # ---- what there is to look at
 
-def _jobs(source: str, format: str, as_image: bool, options: entries.Options) -> tuple[list[Job], list[Finding], str]:
+def jobs_of(source: str, format: str, as_image: bool, options: entries.Options
+            ) -> tuple[list[Job], list[Finding], str]:
+  """Samples of a source, what hinders the reading of some, and what else lies there; arguments as of `examine`."""
   files.check_storage(source.partition('*')[0])
   kind = importers.detect(source)
   if kind == 'tree':

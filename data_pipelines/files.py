@@ -158,14 +158,17 @@ class Progress:
   def advance(self) -> None:
     self.reach(self.done + 1)
 
-  def reach(self, done: int) -> None:
+  def reach(self, done: float) -> None:
+    """Of a unit that takes long, fractions count."""
     self.done = done
     now = time.monotonic()
     every = 2 if self.shown == self.began or sys.stderr.isatty() else 30
     if now - self.shown > every and done:
       self.shown = now
       rate = self.done / (now - self.began)
-      line = f'{self.what}: {self.done}/{self.total}, {rate:.1f}/s, {(self.total - self.done) / rate:.0f} s left'
+      speed = f'{rate:.1f}' if rate >= 1 else f'{rate:.2g}'
+      line = (f'{self.what}: {round(self.done, 1):.12g}/{self.total}, {speed}/s, '
+              f'{(self.total - self.done) / rate:.0f} s left')
       print(line, end='\r' if sys.stderr.isatty() else '\n', file=sys.stderr, flush=True)
 
   def end(self) -> None:

@@ -10,7 +10,7 @@ from concurrent import futures
 
 import numpy as np
 
-from data_pipelines import files, fractions, images, judgement, manifest, phantom, readers, sequences, tiles
+from data_pipelines import files, fractions, images, judgement, manifest, phantom, readers, tiles
 from data_pipelines.errors import DataError
 from data_pipelines.sources import Cache, _digest
 from data_pipelines.volume import Volume
@@ -166,15 +166,11 @@ class Rows(_Labelled):
       mask = self._map(images.labels(row['mask'], picture), row['mask'])
       return record | {'mask': shrunk(mask, picture.array.shape)}
     item = readers.of_row(row)
-    found = sequences.read(item, self.modality)
-    paths = [part.path for part in (item, *item.further)]
-    for source, path in zip(found, paths):
-      tiles.judge(source, path, self.modality)
-    arrays, intensity = tiles.scaled(found, self.modality, paths)
+    found, arrays, intensity, warnings = tiles.opened(item, self.modality)
     record |= {'volume': np.stack(arrays) if intensity else arrays[0], 'spacing_mm': found[0].spacing_mm, **intensity}
     if self.task.kind == 'cls':
       return self._label(row) | _regridded(record, None, self.task)
-    if tilted := [w for w in found[0].meta['warnings'] if w.split()[1] in TILTED]:
+    if tilted := [w for w in warnings if w.split()[1] in TILTED]:
       raise DataError(tilted[0].split()[1], row['path'], 'is tilted: its label map cannot be interpolated',
                       'resample both on a straight grid')
     mask = readers.volume(row['mask'], hu=False)

@@ -76,6 +76,20 @@ def _read(path: str, oblique: str, frame, hu: bool) -> Volume:
   return volume.settle(array, affine, path, meta, warnings, oblique=oblique, hu=hu)
 
 
+def frames(path) -> tuple[int, ...]:
+  """Lengths of the axes beyond the third; () of a plain volume, and of a file whose fault `read` will tell.
+
+  Only the beginning of the file is read.
+  """
+  try:
+    name = parts(path)[0]
+    with epath.Path(name).open('rb') as f:
+      data = f.read(1 << 16)
+    return _shape(_header(_inflate([data], 1024)[0] if data[:2] == b'\x1f\x8b' else data, name), name)[3:]
+  except Exception:    # as many kinds as in `read`
+    return ()
+
+
 def write(path, array: np.ndarray, like: Volume) -> None:
   """Writes a result that lies on a canonical grid into the axis order and affine of the file that the grid came from.
 

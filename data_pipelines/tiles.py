@@ -57,13 +57,9 @@ def read(item, modality: str = 'ct', whole: bool = False, spacing_mm=(0., 0., 0.
   """
   if not isinstance(item, readers.Item):
     item = readers.item(item, 'volume')
-  sources, paths = sequences.read(item, modality, resample_gaps), [part.path for part in (item, *item.further)]
-  warnings = [line for source, path in zip(sources, paths)
-              for line in source.meta['warnings'] + judge(source, path, modality)]
-  arrays, intensity = scaled(sources, modality, paths)
-  pads = intensity.get('pad', HU_RANGE[:1])
-  given_mm = sources[0].spacing_mm
-  del sources
+  (first, *_), arrays, intensity, warnings = opened(item, modality, resample_gaps)
+  pads, given_mm = intensity.get('pad', HU_RANGE[:1]), first.spacing_mm
+  del first, _      # their voxels
   small, small_mm = reduced(arrays[0], given_mm) if whole else (None, None)
   arrays, (spacing_mm, *_) = zip(*(resampled(array, given_mm, spacing_mm) for array in arrays))
   depth, *plane = arrays[0].shape
@@ -81,12 +77,30 @@ def read(item, modality: str = 'ct', whole: bool = False, spacing_mm=(0., 0., 0.
   return Scan(volume, spacing_mm, small, small_mm, warnings, tuple(corner), intensity)
 
 
-def scaled(sources, modality: str, paths) -> tuple[list, dict]:
-  """Volumes of one scan as int16 [D, H, W]: HU, or z-scores of each sequence with what they mean (intensities.py)."""
+def whole(item: readers.Item, modality: str, spacing_mm=(0., 0., 0.)) -> Scan:
+  """One scan, read, judged and scaled as by `read`, but neither cut nor filled up."""
+  (first, *_), arrays, intensity, warnings = opened(item, modality)
+  arrays, (spacing_mm, *_) = zip(*(resampled(array, first.spacing_mm, spacing_mm) for array in arrays))
+  volume = np.stack(arrays) if intensity else arrays[0]
+  return Scan(volume, spacing_mm, None, None, warnings, (0, 0, 0), intensity)
+
+
+def opened(item: readers.Item, modality: str, resample_gaps: bool = False) -> tuple:
+  """All sequences of one scan, judged and scaled.
+
+  Returns:
+    Their Volumes; int16 [D, H, W] of each: HU, or z-scores; what those mean (intensities.py), {} of HU; warnings.
+
+  Raises:
+    DataError: those of sequences.read, of judge, and of intensities.standardised.
+  """
+  sources, paths = sequences.read(item, modality, resample_gaps), [part.path for part in (item, *item.further)]
+  warnings = [line for source, path in zip(sources, paths)
+              for line in source.meta['warnings'] + judge(source, path, modality)]
   if modality == 'ct':
-    return [hounsfield(sources[0].array)], {}
+    return sources, [hounsfield(sources[0].array)], {}, warnings
   arrays, found = zip(*(intensities.standardised(source.array, modality, path) for source, path in zip(sources, paths)))
-  return list(arrays), {name: np.stack([f[name] for f in found]) for name in found[0]}
+  return sources, list(arrays), {name: np.stack([f[name] for f in found]) for name in found[0]}, warnings
 
 
 def hounsfield(array: np.ndarray) -> np.ndarray:

@@ -1,6 +1,8 @@
 """Flags of the programs, and a one-line answer to a wrong one."""
 import difflib
 import importlib.util
+import json
+import logging
 import os
 import re
 import sys
@@ -8,6 +10,8 @@ import sys
 from absl import flags
 
 from data_pipelines.command import fail
+
+ASSUMED = 'num_heads', 'decoder_heads', 'volume_size'
 
 
 def parse(argv):
@@ -19,6 +23,36 @@ def parse(argv):
     return flags.FLAGS(argv)
   except (flags.Error, KeyError, AttributeError, TypeError, ValueError, OSError) as e:
     sys.exit(fail(reason(argv, e), 2))
+
+
+def add_weights(p) -> None:
+  """The flags of programs that read weights of any kind: the arguments of `weights.read`."""
+  p.add_argument('--branch', default='', choices=('', 'student', 'teacher'), help='where there are both')
+  p.several('--allow', (), (), help='parts (decoder, head) or pieces of names that may be missing or surplus; 3D takes '
+            'a 2D-only file, 2D a 3D-only one')
+  p.add_argument('--in_chans', default='strict', choices=('strict', 'sum', 'repeat'),
+                 help='what to do with other input channels than 3 and 1')
+  p.add_argument('--arch', type=_fields, default={}, help='what a file does not record, as JSON: '
+                 '{"num_heads": [1, 2, 4, 8], "decoder_heads": [4, 2, 1], "volume_size": [16, 96, 96]}')
+
+
+def _fields(text) -> dict:
+  found = json.loads(text)
+  if not isinstance(found, dict):
+    raise ValueError(text)
+  return found
+
+
+def tell_assumed(found, arch: dict) -> None:
+  """Warns of weights that do not say how many heads they have.
+
+  Args:
+    found: `weights.Weights`.
+    arch: all its fields.
+  """
+  if not found.recorded:
+    logging.warning('%s does not record heads and the depth of volumes: assuming %s. FIX: --arch, if that is wrong',
+                    found.source, {k: arch[k] for k in ASSUMED})
 
 
 def config_file(argv) -> str | None:

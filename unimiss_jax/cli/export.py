@@ -10,11 +10,11 @@ import tempfile
 from etils import epath
 
 from data_pipelines.command import Parser, fail
+from unimiss_jax.cli import arguments
 
 FORMATS = ('safetensors', 'pth', 'stablehlo')
 PARTS = ('encoder', 'decoder', 'head')
 DTYPES = ('float32', 'bfloat16', 'float16')
-ASSUMED = ('num_heads', 'decoder_heads', 'volume_size')
 EXPORTED = ('config.json', 'README.md', 'model.pth', 'model.safetensors', 'parity.json', 'torch_mit.py',
             'forward_2d.stablehlo', 'forward_3d.stablehlo')
 USAGE = ('python -m unimiss_jax.cli.export (--workdir=RUN | --ckpt=ANY) --out=DIR [--branch=teacher] '
@@ -27,16 +27,10 @@ def main(argv=None) -> int:
   source.add_argument('--workdir', help='a run: its newest checkpoint is taken')
   source.add_argument('--ckpt', help='any weights: a run, one checkpoint, an exported folder, .safetensors, .pth')
   p.add_argument('--out', required=True, help='folder to write')
-  p.add_argument('--branch', default='', choices=('', 'student', 'teacher'), help='where there are both')
   p.several('--parts', PARTS, PARTS, help='what to write; what the source lacks is left out with a line')
   p.several('--format', FORMATS, FORMATS[:1], help='safetensors is always written')
   p.add_argument('--dtype', default='float32', choices=DTYPES, help='of the written weights')
-  p.several('--allow', (), (), help='parts (decoder, head) or pieces of names that may be missing or surplus; 3D takes '
-            'a 2D-only file, 2D a 3D-only one')
-  p.add_argument('--in_chans', default='strict', choices=('strict', 'sum', 'repeat'),
-                 help='what to do with other input channels than 3 and 1')
-  p.add_argument('--arch', type=_fields, default={}, help='what a file does not record, as JSON: '
-                 '{"num_heads": [1, 2, 4, 8], "decoder_heads": [4, 2, 1], "volume_size": [16, 96, 96]}')
+  arguments.add_weights(p)
   p.add_argument('--name', default='', help='of the model, for the card')
   p.add_argument('--license', default='other', help='of the weights, as hubs spell it')
   p.add_argument('--data_license', default='not stated', help='of the training data, for the card')
@@ -56,13 +50,6 @@ def main(argv=None) -> int:
     said = isinstance(e, (CheckpointError, PortingError, OSError))
     return fail(e if said else f'unforeseen {type(e).__name__}: {e}. --debug shows where', 1)
   return 0
-
-
-def _fields(text) -> dict:
-  found = json.loads(text)
-  if not isinstance(found, dict):
-    raise ValueError(text)
-  return found
 
 
 def export(source, out, *, branch='', parts=PARTS, formats=FORMATS[:1], dtype='float32', allow=(), in_chans='strict',
@@ -102,9 +89,7 @@ def export(source, out, *, branch='', parts=PARTS, formats=FORMATS[:1], dtype='f
                        'put the file back, or name the folder of the run')
   convert.check({k: v for k, v in convert.from_tensors(tensors).items() if v}, found.arch, found.dimensions)
   model = describe(found, tensors, written)
-  if not found.recorded:
-    logging.warning('%s does not record heads and the depth of volumes: assuming %s. FIX: --arch, if that is wrong',
-                    found.source, {k: model['arch'][k] for k in ASSUMED})
+  arguments.tell_assumed(found, model['arch'])
   logging.info('%d tensors, %.2f M numbers: %s', len(tensors), sum(a.size for a in tensors.values()) / 1e6,
                ', '.join(written))
   about = found.about

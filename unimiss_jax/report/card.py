@@ -9,6 +9,12 @@ RESEARCH = 'Research use only. Not a medical device; not for diagnosis, triage o
 PHANTOMS = 'built-in phantoms'
 UNKNOWN = 'not recorded in the file that the weights came from'
 
+NO_TASK = {'clip': (0., 0.), 'normalise': (0., 0.), 'spacing_mm': (0., 0., 0.)}      # a run that is not fine-tuning
+# views.ct and views.xray of preset `plain`, for weights that do not say what they were trained on.
+PLAIN = {'volume': {'size': (16, 96, 96), 'extent': 'output', 'resize': 'linear', 'pad_hu': -1024, 'record': 'tile',
+                    'modality': 'ct', **NO_TASK},
+         'image': {'size': 96, 'ratio': (3 / 4, 4 / 3), 'resize': 'bicubic', 'clip': (0., 0.), 'normalise': (0., 0.)}}
+LOSSES_2D = 'drr', 'recon_drr', 'pair_nce', 'slice'      # of the CT phase, that look at images
 LOSSES = ('ct', 'drr', 'slice', 'xray', 'recon_ct', 'recon_drr', 'recon_xray', 'nce', 'pair_nce')
 TAGS = ('medical-imaging', 'chest-x-ray', 'self-supervised-learning', 'pytorch', 'jax',
         'safetensors')
@@ -30,26 +36,61 @@ FILES = {'model.safetensors': 'the weights', 'config.json': 'architecture, prepr
 
 
 def contract(config: dict) -> dict:
-  """How inputs must look, from a run's config."""
-  model, data, views = config['model'], config['data'], config['views']
+  """How inputs must look, from a run's config: in words, and as `view`, the leaves that make them; only of the kinds of
+  input that it trained on."""
+  model, data, views, task = config['model'], config['data'], config['views'], NO_TASK | config.get('task', {})
   channels = model.get('in_channels', (3, 1))[1]
   sequences = {'sequences': data['sequences']} if data.get('sequences') else {}
-  return {
-      'volume': {
-          'tensor': f'[B, {channels}, D, H, W] float32', **sequences,
-          'orientation': 'SAR: D runs to the superior, H to the anterior, W to the right side of the patient '
-                         '(the closest such order by the affine of the file)',
-          'spacing': f'as in the file, not resampled; trained on {data["ct"] or PHANTOMS}',
-          'intensity': INTENSITY[data['modality']],
-          'size': list(model['volume_size']),
-          'crop': _ct_crop(views['ct'])},
-      'image': {
-          'tensor': '[B, 3, H, W] float32, the grey value three times',
-          'orientation': "as displayed: head up, the patient's right on the left",
-          'intensity': 'MONOCHROME2 (bone is bright), full scale of the bit depth -> [0, 1]; no mean, no deviation',
-          'size': [model['image_size']] * 2,
-          'crop': f'{views["xray"]["scale"][0]:g} to {views["xray"]["scale"][1]:g} of the area, resized to '
-                  f'{views["xray"]["size"]} x {views["xray"]["size"]}'}}
+  common = {k: task[k] for k in ('clip', 'normalise')}
+  low, high = task['clip']
+  mean, std = task['normalise']
+  asked = (f', clipped to [{low:g}, {high:g}]' if high > low else '') + (f', minus {mean:g}, divided by {std:g}' if std
+                                                                        else '')
+  out = {}
+  if config['phases']['ct']:
+    out['volume'] = {
+        'tensor': f'[B, {channels}, D, H, W] float32', **sequences,
+        'orientation': 'SAR: D runs to the superior, H to the anterior, W to the right side of the patient '
+                       '(the closest such order by the affine of the file)',
+        'spacing': (f'resampled to {" x ".join(f"{mm:g}" for mm in task["spacing_mm"])} mm (0 = as in the file)'
+                    if any(task['spacing_mm']) else
+                    f'as in the file, not resampled; trained on {data["ct"] or data.get("manifest") or PHANTOMS}'),
+        'intensity': INTENSITY[data['modality']] if not asked else f'HU, clipped to [-1024, 3071]{asked}'
+                     + ('' if std else ', divided by 1024'),
+        'size': list(model['volume_size']),
+        'crop': _ct_crop(views['ct']),
+        'view': {k: views['ct'][k] for k in ('size', 'extent', 'resize', 'pad_hu')} | common | {
+            'record': 'scan' if 'task' in config else 'tile', 'modality': data['modality'],
+            'spacing_mm': task['spacing_mm']}}
+  if config['phases']['xray'] or config['phases']['ct'] and any(map(config.get('loss', {}).get, LOSSES_2D)):
+    of = views['xray' if config['phases']['xray'] else 'drr']
+    out['image'] = {
+        'tensor': '[B, 3, H, W] float32, the grey value three times',
+        'orientation': "as displayed: head up, the patient's right on the left",
+        'intensity': 'MONOCHROME2 (bone is bright), full scale of the bit depth -> [0, 1]'
+                     + (asked or '; no mean, no deviation'),
+        'size': [model['image_size']] * 2,
+        'crop': f'{of["scale"][0]:g} to {of["scale"][1]:g} of the area, resized to {of["size"]} x {of["size"]}',
+        'view': {k: of[k] for k in ('size', 'ratio', 'resize')} | common}
+  return out
+
+
+def views(weights) -> tuple[dict, bool]:
+  """The leaves by which inputs become what the network was trained on.
+
+  Args:
+    weights: `weights.Weights`.
+
+  Returns:
+    {'volume': ..., 'image': ...}, each `view` of `contract`, of the kinds of input that the weights are for; and
+    whether they were recorded. Else they are those of preset `plain`, at the sizes of the position tables.
+  """
+  known = contract(weights.about['config']) if 'config' in weights.about else weights.about.get('preprocessing', {})
+  found = {kind: rules['view'] for kind, rules in known.items() if 'view' in rules}
+  sizes = {'volume': weights.arch.get('volume_size'), 'image': weights.arch.get('image_size')}
+  given = found or {kind: leaves | ({'size': sizes[kind]} if sizes[kind] else {}) for kind, leaves in PLAIN.items()}
+  return {kind: given[kind] for kind, n in (('volume', 3), ('image', 2)) if kind in given and n in weights.dimensions
+          }, bool(found)
 
 
 def training(weights) -> dict:
