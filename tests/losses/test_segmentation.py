@@ -27,7 +27,7 @@ def test_dice_is_that_of_the_whole_batch_without_background():
   p /= p.sum(-1, keepdims=True)
   each = []
   for c in (1, 2, 3):
-    t = MASK == c
+    t = c == MASK
     each.append((2 * p[..., c][t].sum() + 1e-5) / (p[..., c].sum() + t.sum() + 1e-5))
   found = segmentation.soft_dice(LOGITS, segmentation.targets(MASK, 3, True), True)
   assert float(found) == pytest.approx(1 - np.mean(each), rel=1e-5)
