@@ -7,7 +7,7 @@
 presets
   phantom   the demo: learns visibly on embedded phantoms within minutes on a CPU. Our recipe
             (contrastive terms, standardised projections, residual trunk), not the papers'.
-  phantom_long  the same for 2,000 steps on twice as many phantoms, some fifteen minutes: the encoder that the phantom
+  phantom_long  the same for 4,000 steps on twice as many phantoms, some twenty minutes: the encoder that the phantom
             tasks of configs/finetune.py start from, see docs/experiments.md.
   plain     the losses, schedule and augmentation of the released UniMiSS+ code with its defects
             mended; 63.3 M parameters, made for accelerators.
@@ -81,7 +81,7 @@ def phantom(c: ConfigDict) -> None:
 
 def phantom_long(c: ConfigDict) -> None:
   phantom(c)
-  c.steps, c.eval.every, c.checkpoint.every = 2000, 1000, 250
+  c.steps, c.eval.every, c.checkpoint.every = 4000, 1000, 250
   c.data.phantom_records = 1536
 
 

@@ -24,7 +24,7 @@ def run(tmp_path):
 
 def config(path, **model):
   return ConfigDict(dict(init_from=str(path), init_branch='', init_allow='', pos_resize='grid',
-                         model=dict(name='mit_plus', **model)))
+                         init_parts=('encoder', 'decoder', 'head'), model=dict(name='mit_plus', **model)))
 
 
 def shapes(**named):
@@ -56,7 +56,7 @@ def test_a_backbone_of_another_shape_is_an_error(run):
 def test_nothing_there_and_nothing_in_common(run, tmp_path):
   with pytest.raises(CheckpointError, match='typo: no such file'):
     init_from.read(config(tmp_path / 'typo'), shapes(backbone_a=(4, 4)))
-  with pytest.raises(CheckpointError, match='none of its 3 tensors belongs to this model'):
+  with pytest.raises(CheckpointError, match=r'none of its 3 tensors \(encoder, decoder, head\) belongs to this model'):
     init_from.read(config(run), shapes(backbone_b=(4, 4)))
 
 
@@ -76,3 +76,11 @@ def test_other_numbers_of_heads_are_told(run, caplog):
   assert 'num_heads' not in caplog.text
   init_from.read(config(run, **heads | dict(num_heads=(1, 2, 2, 2))), shapes(backbone_a=(4, 4)))
   assert 'was trained with model.num_heads=(1, 2, 4, 8), this run has (1, 2, 2, 2)' in caplog.text
+
+
+def test_only_the_parts_that_are_asked_for_are_taken(run):
+  c = config(run)
+  c.init_parts = ('head',)
+  assert list(init_from.read(c, shapes(backbone_a=(4, 4), head_last=(4, 8)))) == ['head/last/kernel']
+  assert [init_from.part_of(n) for n in ('backbone/transformer/x', 'backbone/DecEmbed2D1/x', 'head/x', 'task/x')] == [
+      'encoder', 'decoder', 'head', 'head']

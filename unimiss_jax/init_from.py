@@ -45,7 +45,7 @@ def read(config, params) -> dict:
     raise CheckpointError(f'{what}: {len(wrong)} tensors of the backbone have another shape: {_some(wrong)}. FIX: use '
                           'the model leaves of those weights')
   if not same:
-    raise CheckpointError(f'{what}: none of its {len(found)} tensors of {", ".join(config.init_parts)} belongs to this '
+    raise CheckpointError(f'{what}: none of its {len(found)} tensors ({", ".join(config.init_parts)}) belongs to this '
                           'model')
   fresh, unused = [n for n in wanted if n not in same], [n for n in found if n not in wanted]
   logging.info('%s: loaded %d/%d tensors%s%s', what, len(same), len(wanted),

@@ -194,5 +194,5 @@ def test_phantoms_of_the_splits_are_other_patients_and_every_run_seed_has_the_sa
       'phantom_cls3d', **{'task.phantoms': (6, 3, 4)}), 'test').digest
   c.data.label_fraction = .5
   assert {r['id'] for r in labelled.source('ct', c).listing()} < ids[0]
-  with pytest.raises(DataError, match='LABEL phantoms: task.classes: "gallstone" is not drawn.*FIX: use some of nodule'):
+  with pytest.raises(DataError, match='LABEL phantoms: task.classes: "gallstone" is not drawn.*FIX: use some of nod'):
     labelled.source('ct', config('phantom_cls3d', **{'task.classes': ('gallstone',)}))

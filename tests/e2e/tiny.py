@@ -1,7 +1,10 @@
 """The whole program at the smallest size: every loss term on, drop-path on, 8 virtual devices."""
 import json
 
-from configs import unimiss_plus
+from configs import finetune, unimiss_plus
+
+MODEL = dict(embed_dims=(4, 4, 8, 8, 8, 8), decoder_dims=(8, 8, 8, 4, 4), num_heads=(1, 1, 1, 1),
+             decoder_heads=(1, 1, 1), decoder_drop_path=0.5)
 
 
 def config(**overrides):
@@ -11,12 +14,28 @@ def config(**overrides):
   c.steps, c.data.phantom_records = 8, 16
   c.batch.ct = c.batch.xray = 8
   c.views.ct.size = c.model.volume_size = (16, 64, 64)
-  c.model.update(dict(embed_dims=(4, 4, 8, 8, 8, 8), decoder_dims=(8, 8, 8, 4, 4), num_heads=(1, 1, 1, 1),
-                      decoder_heads=(1, 1, 1), decoder_drop_path=0.5))
+  c.model.update(MODEL)
   c.head.update(dict(out_dim=32, hidden_dim=16, bottleneck_dim=8))
   c.loss.update(dict(ct=1., drr=.5, slice=.1, xray=1., recon_ct=5., recon_drr=5., recon_xray=5., slices=8))
   c.eval.update(dict(every=0, records=24, fit=12))
   c.checkpoint.every, c.log.every = 100, 1
+  return changed(c, overrides)
+
+
+def task(preset='phantom_cls3d', **overrides):
+  """Fine-tuning of the same network."""
+  c = finetune.get_config(preset)
+  c.unlock()
+  c.steps, c.task.phantoms = 8, (16, 8, 8)
+  c.batch.ct = c.batch.xray = 8
+  c.views.ct.size = c.model.volume_size = (16, 64, 64)
+  c.model.update(MODEL | dict(image_size=64))
+  c.eval.every, c.checkpoint.every, c.log.every = 4, 100, 1
+  return changed(c, overrides)
+
+
+def changed(c, overrides: dict):
+  """A config with other leaves, by dotted name, and locked."""
   for name, value in overrides.items():
     section, _, leaf = name.rpartition('.')
     part = c

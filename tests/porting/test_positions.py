@@ -67,3 +67,15 @@ def test_tables_of_the_right_size_are_untouched():
 def test_an_unknown_way():
   with pytest.raises(PortingError, match="pos_resize='zoom': known are grid, flat_zoom"):
     positions.resize(ramps(ARCH), ARCH, LARGER, 'zoom')
+
+
+def test_a_network_without_a_class_token_takes_the_rest_of_each_table():
+  old = dict(image_size=64, volume_size=(16, 64, 64))
+  table = np.random.default_rng(0).normal(size=(1, 1 + 256, 8)).astype(np.float32)      # s1 of 64 x 64: 16 x 16
+  tree = {'transformer': {'pos_embed2D1': table}}
+  got = positions.resize(tree, old, old | {'cls_token': False})['transformer']['pos_embed2D1']
+  np.testing.assert_allclose(got, table[:, 1:], atol=1e-6)
+  flat = positions.resize(tree, old, old | {'cls_token': False}, 'flat_zoom')['transformer']['pos_embed2D1']
+  assert flat.shape == (1, 256, 8) and np.abs(flat - table[:, 1:]).max() > .1      # the slot is stretched in
+  same = positions.resize({'transformer': {'pos_embed2D1': table[:, 1:]}}, old | {'cls_token': False}, old)
+  assert same['transformer']['pos_embed2D1'].shape == (1, 256, 8)                  # nothing makes up a class slot

@@ -36,7 +36,8 @@ def resize(backbone: dict, old, new, how: str = 'grid', sure: bool = True) -> di
     sure: False = `old` was inferred, so a table with the right number of tokens is taken as it is.
 
   Returns:
-    A tree like `backbone`; tables of the right size are the same arrays.
+    A tree like `backbone`; tables of the right size are the same arrays, and so are those that lack a class slot which
+    `new` has.
 
   Raises:
     PortingError: unknown way.
@@ -47,15 +48,17 @@ def resize(backbone: dict, old, new, how: str = 'grid', sure: bool = True) -> di
   leaves = flatten_dict(backbone)
   wanted = tables(architectures.model(new))
   for path, (grid, cls_token) in tables(architectures.model(old)).items():
-    if path in leaves and path in wanted and wanted[path][0] != grid:
-      table = np.asarray(leaves[path])
-      if not sure and math.prod(wanted[path][0]) == math.prod(grid):
-        continue
-      leaves[path] = change(table, grid, wanted[path][0], cls_token).astype(table.dtype)
+    new_grid, new_token = wanted.get(path, (grid, cls_token))
+    if path not in leaves or (new_grid, new_token) == (grid, cls_token) or new_token and not cls_token:
+      continue
+    table = np.asarray(leaves[path])
+    if sure or math.prod(new_grid) + new_token != math.prod(grid) + cls_token:
+      leaves[path] = change(table, grid, new_grid, new_token).astype(table.dtype)
   return unflatten_dict(leaves)
 
 
 def resize_table(table, native, grid, cls_token: bool) -> np.ndarray:
-  """[1, cls + prod(native), C] -> [1, cls + prod(grid), C], each axis for itself, the class slot copied."""
+  """[1, N, C] -> [1, cls_token + prod(grid), C], each axis for itself; the class slot is copied, or left out."""
+  table = table if cls_token else table[:, -math.prod(native):]
   wide = jax.dtypes.canonicalize_dtype(np.promote_types(table.dtype, np.float32))
   return np.asarray(layers.resize_positions(table.astype(wide), native, grid, cls_token))
