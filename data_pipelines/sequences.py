@@ -52,11 +52,12 @@ def cases(paths, ends: tuple[str, ...]) -> tuple[list[Case], list[str]]:
 
 def _case(files: dict, ends) -> Case:
   paths = tuple(path for end in ends for path in files[end][:1])
-  lost, twice = [e for e in ends if not files[e]], [e for e in ends if len(files[e]) > 1]
-  reason = (f'nothing beside it ends in {", ".join(lost)}' if lost else
-            f'{len(files[twice[0]])} of its files end in {twice[0]}' if twice else '')
-  return Case(paths, DataError('SEQUENCES', paths[0], reason, 'copy the missing sequence, or leave the case out' if lost
-                               else 'keep one of them') if reason else None)
+  fault = lambda reason, remedy: Case(paths, DataError('SEQUENCES', paths[0], reason, remedy))
+  if lost := [end for end in ends if not files[end]]:
+    return fault(f'nothing beside it ends in {", ".join(lost)}', 'copy the missing sequence, or leave the case out')
+  if twice := [end for end in ends if len(files[end]) > 1]:
+    return fault(f'{len(files[twice[0]])} of its files end in {twice[0]}', 'keep one of them')
+  return Case(paths, None)
 
 
 def of_items(found: readers.Found, ends: tuple[str, ...]) -> readers.Found:
@@ -79,15 +80,17 @@ def of_items(found: readers.Found, ends: tuple[str, ...]) -> readers.Found:
 def of_rows(rows: list[dict], ends: tuple[str, ...]) -> tuple[list[tuple[dict, DataError | None]], str]:
   """Volumes of a manifest as samples of several sequences, each with what is wrong with it; and what was left out.
 
-  A sample has the fields of the row of its first sequence. Rows that name their sequences, pictures and excluded rows
-  stay as they are.
+  A sample has the fields of the row of its first sequence, but for the content hash. Rows that name their sequences,
+  pictures and excluded rows stay as they are.
   """
   mine = {r['path']: r for r in rows if r['kind'] == 'volume' and 'paths' not in r and r.get('status') != 'excluded'}
   made, rest = cases(mine, ends)
   out = [(r, None) for r in rows if mine.get(r['path']) is not r]
   for case in made:
-    row = mine[case.paths[0]] if case.paths[0] in mine else mine[case.paths[0].rpartition('::')[0]]
-    out.append((row | {'path': case.paths[0], 'paths': list(case.paths)}, case.fault))
+    first = case.paths[0]
+    row = mine.get(first) or mine[first.rpartition('::')[0]]
+    row = {k: v for k, v in row.items() if k != 'sha'}      # of one file
+    out.append((row | {'path': first, 'paths': list(case.paths)}, case.fault))
   return sorted(out, key=lambda pair: pair[0]['id']), ignored(rest)
 
 

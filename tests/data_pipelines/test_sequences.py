@@ -95,6 +95,17 @@ def test_ends_that_cannot_be_meant(text):
     sequences.parse(text)
 
 
+def test_rows_are_joined_and_the_rest_stays():
+  volume = lambda path, **more: {'id': f'd/{path}', 'kind': 'volume', 'path': path, **more}
+  picture, old = {'id': 'd/p', 'kind': 'image', 'path': 'p.png'}, volume('z.nii', status='excluded')
+  named = volume('k_t1.nii', paths=['k_t1.nii', 'k_flair.nii'])
+  found, left = sequences.of_rows([volume('x_flair.nii', sha='b'), picture, volume('x_t1.nii', sha='a', split='val'),
+                                   old, named, volume('x_seg.nii')], ENDS)
+  assert [row for row, _ in found] == [
+      named, picture, volume('x_t1.nii', split='val', paths=['x_t1.nii', 'x_flair.nii']), old]
+  assert not any(fault for _, fault in found) and left == '1 volumes of no sequence'
+
+
 # ---- one grid
 
 def test_sequences_are_stacked_as_z_scores(tmp_path):
