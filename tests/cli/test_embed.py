@@ -2,11 +2,13 @@
 import csv
 import io
 import json
+import logging
 import re
 import subprocess
 import sys
 
 import jax
+import jax.numpy as jnp
 import nibabel as nib
 import numpy as np
 import pytest
@@ -27,6 +29,12 @@ from unimiss_jax.report import card
 
 OUTPUT = {'views.ct.extent': 'output', 'views.ct.resize': 'linear'}
 MM = (2., 1., 1.)
+
+
+@pytest.fixture(autouse=True)
+def no_log_to_a_closed_stream():
+  yield
+  logging.getLogger().handlers = [h for h in logging.getLogger().handlers if type(h) is not logging.StreamHandler]
 
 
 @pytest.fixture(scope='module')
@@ -280,6 +288,29 @@ def test_every_form_of_the_weights(tmp_path, run, saved, capsys):
   teacher = made(tmp_path, saved, data, '--branch=teacher')
   assert teacher['branch'] == 'teacher' and teacher['weights_hash'] != want['weights_hash']
   assert np.abs(teacher['embedding'] - want['embedding']).max() > 1e-3
+
+
+def test_weights_of_half_precision_and_of_other_channels(tmp_path, run, capsys):
+  picture(tmp_path / 'a.png')
+  tensors = torch_files.read(run(tiny.config()) / 'model.safetensors')
+  told = {'arch': torch_files.recorded(run(tiny.config()) / 'model.safetensors')['arch']}
+  for dtype in ('bfloat16', 'float32'):      # of the same numbers
+    half = {n: a.astype(jnp.bfloat16).astype(dtype) for n, a in tensors.items()}
+    torch_files.write(tmp_path / f'{dtype}.safetensors', half, told)
+  got, want = (made(tmp_path, tmp_path / f'{d}.safetensors', tmp_path / 'a.png') for d in ('bfloat16', 'float32'))
+  np.testing.assert_array_equal(got['embedding'], want['embedding'])
+  torch_files.write(tmp_path / 'whole.safetensors', tensors)
+  stem, last = 'backbone.transformer.ConvBlock2D0.0.conv.weight', 'backbone.recon_conv2D.'
+  torch_files.write(tmp_path / 'grey.safetensors', tensors | {stem: tensors[stem].sum(1, keepdims=True)} | {
+      n: a[:1] for n, a in tensors.items() if n.startswith(last)})
+  heads = '--arch={"num_heads": [1, 1, 1, 1], "decoder_heads": [1, 1, 1]}'
+  capsys.readouterr()
+  made(tmp_path, tmp_path / 'grey.safetensors', tmp_path / 'a.png', heads, code=1)
+  error = capsys.readouterr().err
+  assert 'input has 3 channels: expected 1 for 2-D inputs. FIX: ' in error and error.count('\n') == 1
+  got = made(tmp_path, tmp_path / 'grey.safetensors', tmp_path / 'a.png', heads, '--in_chans=sum')
+  want = made(tmp_path, tmp_path / 'whole.safetensors', tmp_path / 'a.png', heads)
+  np.testing.assert_allclose(got['embedding'], want['embedding'], rtol=0, atol=1e-5)      # of a grey picture
 
 
 def test_a_real_export_carries_the_preprocessing(tmp_path, saved, monkeypatch):

@@ -143,10 +143,18 @@ def _network(found, batch: int):
   if not recorded:
     logging.warning('%s does not record its preprocessing: assuming that of preset plain, %s', found.source,
                     json.dumps(views))
+  module = architectures.model(found.arch)
+  inputs = {kind: (tuple(v['size']), 1) if kind == 'volume' else ((v['size'],) * 2, 3) for kind, v in views.items()}
+  for kind, (size, channels) in inputs.items():
+    try:
+      module.check(size, channels)
+    except ValueError as e:
+      raise PortingError(f'{found.source}, {kind}s: {e}. FIX: of a file with other channels, --in_chans=sum or '
+                         '--in_chans=repeat') from e
   encoder = {'transformer': found.params['backbone']['transformer']}
   about = {'checkpoint': found.source, 'branch': found.branch, 'weights_hash': weights_hash(encoder), 'arch': fields,
            'views': views, 'recorded': recorded}
-  return Network(architectures.model(found.arch), encoder, batch), about
+  return Network(module, encoder, batch), about
 
 
 def weights_hash(encoder) -> str:
@@ -155,7 +163,7 @@ def weights_hash(encoder) -> str:
   digest = hashlib.blake2b(digest_size=16)
   for name, tensor in sorted(named_leaves(encoder).items()):
     digest.update(f'{name} {tensor.shape} {tensor.dtype}'.encode())
-    digest.update(np.ascontiguousarray(tensor))
+    digest.update(tensor.tobytes())
   return digest.hexdigest()
 
 
