@@ -2,10 +2,6 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-# CPU: huge pages and the memory-optimised scheduler are worth a quarter of a step, see benchmarks/RESULTS.md.
-CPU := GLIBC_TUNABLES=glibc.malloc.hugetlb=1 \
-  XLA_FLAGS="--xla_cpu_scheduler_type=CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED $(XLA_FLAGS)" \
-  JAX_COMPILATION_CACHE_DIR=$(CURDIR)/.cache/xla
 RUN ?= runs/demo
 # TORCH=1 adds PyTorch, the oracle of some tests; they are skipped without it.
 READY := $(VENV)/.ready-test$(if $(TORCH),-torch)
@@ -13,7 +9,7 @@ READY := $(VENV)/.ready-test$(if $(TORCH),-torch)
 .PHONY: demo test test-all lint bench clean
 
 demo: $(VENV)/.ready
-	$(CPU) $(BIN)/python main.py --config=configs/unimiss_plus.py:phantom --workdir=$(RUN)
+	set -a; . ./launch.env; $(BIN)/python main.py --config=configs/unimiss_plus.py:phantom --workdir=$(RUN)
 
 test: $(READY)
 	$(BIN)/python -m pytest -q -n 2 --dist loadfile -m "not slow" tests

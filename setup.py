@@ -32,8 +32,8 @@ setup(
         'threadpoolctl>=3',
     ],
     extras_require={
-        'test': ['flatbuffers', 'hypothesis', 'pydicom>=3', 'pylibjpeg[all]', 'pytest', 'pytest-xdist', 'ruff',
-                 'scikit-learn', 'SimpleITK', 'tensorboard'],
+        'test': ['flatbuffers', 'hypothesis', 'matplotlib', 'pydicom>=3', 'pylibjpeg[all]', 'pytest', 'pytest-xdist',
+                 'ruff', 'scikit-learn', 'SimpleITK', 'tensorboard'],
         'torch': ['torch>=2.6'],
         'stablehlo': ['flatbuffers'],
         'dicom': ['pydicom>=3', 'pylibjpeg[all]'],

@@ -24,10 +24,12 @@ def base() -> ConfigDict:
   c.data = ConfigDict(dict(
       ct='',                      # folder or glob(s), comma separated; '' = phantoms
       xray='',                    # likewise
-      manifest='',                # fine-tuning: a labelled manifest.jsonl; '' = phantoms
-      label_fraction=1.,          # fine-tuning: share of the labelled training patients; smaller ones lie in larger ones
-      modality='ct',              # values must be HU; other modalities are not read yet
-      phantom_records=768,        # phantoms per stream, where data.ct or data.xray is ''
+      manifest='',                # instead of both: manifest.jsonl (or its folder), raw or prepared; its split train
+      label_fraction=1.,          # fine-tuning: share of the training patients; smaller shares lie in larger ones
+      modality='ct',              # ct: values must be HU | mr, other: z-scores of each scan; then there are no DRR
+      sequences='',               # mr, other: ends of the names of files of one scan, its channels: '_t1,_flair'; see
+                                  # data_pipelines/sequences.py; '' = every file is a scan. Prepared sets know theirs
+      phantom_records=768,        # phantoms per stream, where data.ct or data.xray is '' and no manifest is named
       views_per_read=1,           # pairs of views drawn from one read of a record, one after the other
       workers=0,                  # data processes beside the trainer; 0 = threads only
       on_bad_file='skip',         # skip: one line and go on; stop: one line and exit 1
@@ -40,12 +42,12 @@ def base() -> ConfigDict:
           precrop=(1.4, 1.8),     # extent=output: both views come from one block of size * U; (0, 0) = off
           scale=(0.8, 1.2),       # crop factor per axis (extent=output: in-plane only)
           resize='linear',        # linear (half-pixel, no antialias) | area (exact box mean)
-          pad_hu=-1024,           # fill of volumes that are too small; 0 (= water) in the released code
+          pad_hu=-1024,           # fill of CT that are too small; 0 (= water) in the released code
           pad_to=(0, 0),          # extent=output: in-plane size that smaller volumes are padded to before the crop
           flip_p=0.8,             # per axis D, H, W
           aug_unit='slice',       # slice | volume: what shares one intensity draw
           gamma_stats='fixed',    # fixed | bg0197: order in which gamma restores mean and std
-          noise_std=(0., 0.1),    # in units of HU/1024, as all of this group
+          noise_std=(0., 0.1),    # in units of HU/1024 or of z-scores, as all of this group
           blur_sigma=(0.1, 2.0),  # pixels, in-plane
           blur_p=(0.8, 0.8),      # a pair is always (view 0, view 1)
           blur_unit_p=(0.8, 0.5),  # given that the sample is blurred: per slice
@@ -59,7 +61,7 @@ def base() -> ConfigDict:
           gamma=(0.7, 1.5),       # likewise
           gamma_p=(0.8, 1.0),
       ),
-      xray=image_views(scale=(0.14, 1.0)),
+      xray=image_views(scale=(0.14, 1.0)) | dict(updown_p=0.),      # beside flip_p, which is left-right
       drr=image_views(scale=(0.3, 1.0)),
   ))
   c.drr = ConfigDict(dict(
@@ -81,6 +83,7 @@ def base() -> ConfigDict:
       mlp_ratio=4, sr_ratios=(8, 4, 2, 1),
       decoder_dims=(320, 256, 128, 64, 32), decoder_depths=(1, 1, 1), decoder_heads=(4, 2, 1),
       decoder_sr_ratios=(2, 4, 8),
+      in_channels=(3, 1),         # of images; of volumes: their sequences
       image_size=96, volume_size=(16, 96, 96),    # what the position embeddings are made for
       pos_interp='grid',          # grid | reference: how the tables are laid over other sizes
       cls_token=True,

@@ -1,9 +1,13 @@
 """From a labelled record to what a network is given: the random view it learns from, and the views it is tested by."""
 import itertools
+import os
+import re
 
 import numpy as np
+from etils import epath
+from PIL import Image
 
-from data_pipelines import draw, labelled, sample, windows
+from data_pipelines import draw, labelled, nifti, sample, windows
 from unimiss_jax.views import image, matrices, volume
 
 
@@ -17,10 +21,10 @@ def view(name: str, record: dict, config, rng) -> dict:
     rng: np.random.Generator.
 
   Returns:
-    {'ct': [1, D, H, W, 1] or 'xray': [1, h, w, 3] float32, and 'label' [C] float32 or 'mask' uint8 [*S] or [*S, C]}.
+    {'ct': [1, D, H, W, C] or 'xray': [1, h, w, 3] float32, and 'label' [C] float32 or 'mask' uint8 [*S] or [*S, C]}.
   """
   if name == 'ct':
-    shape = record['volume'].shape
+    shape = record['volume'].shape[-3:]
     params = draw.ct_view(rng, config, shape, _focus(rng, record, config.task))['ct']
     made = _volumes(record, params, config)
   else:
@@ -55,9 +59,8 @@ def _focus(rng, record, task):
   return np.unravel_index(where[rng.integers(len(where))], flat.shape[:3])
 
 
-def _volumes(record, params, config) -> np.ndarray:    # [V, D, H, W, 1]
-  x = np.stack([volume.view(record['volume'], p, config.views.ct) for p in sample.each(params)])[..., None]
-  return normalised(x, config.task, volume.SCALE)
+def _volumes(record, params, config) -> np.ndarray:    # [V, D, H, W, C]
+  return normalised(sample.volumes(record, params, config), config.task, volume.SCALE)
 
 
 def pictures(record, params, config) -> np.ndarray:
@@ -77,9 +80,10 @@ def normalised(x, task, scale: float):
 
 # ---- tests
 
-def of(config, split: str):
-  """The cases of the split of a task. Raises DataError."""
-  return Cases('ct' if config.phases.ct else 'xray', config, split)
+def of(config, split: str, source=None):
+  """The cases of the split of a task; `source` = its records, where they are open already. Raises DataError."""
+  name = 'ct' if config.phases.ct else 'xray'
+  return Cases(name, config, split, source or labelled.source(name, config, split))
 
 
 class Cases:
@@ -91,9 +95,8 @@ class Cases:
     size: [D, H, W] or [h, w] of what the network is given.
   """
 
-  def __init__(self, stream: str, config, split: str):
-    self.stream, self.config, self.name = stream, config, f'{split} cases'
-    self.source = labelled.source(stream, config, split)
+  def __init__(self, stream: str, config, split: str, source):
+    self.stream, self.config, self.name, self.source = stream, config, f'{split} cases', source
     self.classes, self.groups = self.source.classes, self.source.groups()
     self.size = tuple(config.views.ct.size) if stream == 'ct' else (config.views.xray.size,) * 2
 
@@ -111,16 +114,37 @@ class Cases:
     """What a case is classified by: [V, *size, C]; the mean over the views counts."""
     return self._of_volume(record) if self.stream == 'ct' else self._of_picture(record)
 
+  def plain(self, record) -> np.ndarray:
+    """The centre view alone, [*size, C]."""
+    if self.stream == 'ct':
+      return _volumes(record, draw.ct_centre(self.config, *_geometry(record))['ct'], self.config)[0]
+    return pictures(record, draw.xray_centre(self.config, record['image'].shape)['xray'], self.config)[0]
+
   def working(self, record) -> np.ndarray:
-    """What a case is segmented on: [D, H, W, 1] at task.spacing_mm, or the whole picture as [*size, 3]."""
+    """What a case is segmented on: [D, H, W, C] at task.spacing_mm, or the whole picture as [*size, 3]."""
     if self.stream == 'xray':
       return pictures(record, draw.xray_whole(record['image'].shape)['xray'], self.config)[0]
-    return normalised(record['volume'][..., None] / np.float32(volume.SCALE), self.config.task, volume.SCALE)
+    x = np.moveaxis(record['volume'].reshape(-1, *record['volume'].shape[-3:]), 0, -1) / np.float32(volume.SCALE)
+    return normalised(x, self.config.task, volume.SCALE)
+
+  def save(self, i: int, labels: np.ndarray, folder) -> None:
+    """Writes a predicted label map beside the others: NIfTI on the grid of the scan's file, PNG on the pixels of the
+    picture's file; a file for each class where they are not exclusive. Raises DataError."""
+    name = re.sub(r'[^\w.-]+', '_', self.source.listing()[i]['id'])
+    parts = {'': labels} if self.config.task.exclusive else {
+        f'_{c}': labels[..., k] for k, c in enumerate(self.classes)}
+    epath.Path(folder).mkdir(parents=True, exist_ok=True)
+    for end, part in parts.items():
+      path = os.path.join(folder, name + end)
+      if self.stream == 'ct':
+        nifti.write(f'{path}.nii.gz', part, self.source.grid(i))
+      else:
+        Image.fromarray(labelled.shrunk(part, self.source.grid(i))).save(f'{path}.png')
 
   def _of_volume(self, record):
-    shape, cfg = record['volume'].shape, self.config.views.ct
-    params = draw.ct_centre(self.config, shape, record['spacing_mm'])['ct']
-    if cfg.extent == 'output' and self.config.task.test_view == 'windows':
+    shape, cfg = record['volume'].shape[-3:], self.config.views.ct
+    params = draw.ct_centre(self.config, *_geometry(record))['ct']
+    if self.config.task.test_view == 'windows':
       starts = [windows.spread(n, m, max(m // 2, 1)) for n, m in zip(shape, cfg.size)]
       corners = np.array(list(itertools.product(*starts)), np.float32)
       params = {k: np.repeat(v, len(corners), 0) for k, v in params.items()} | {'box_start': corners}
@@ -129,7 +153,7 @@ class Cases:
   def _of_picture(self, record):
     shape, how = record['image'].shape, self.config.task.test_view
     if how == 'centre':
-      return pictures(record, draw.xray_centre(self.config, shape)['xray'], self.config)
+      return self.plain(record)[None]
     params = draw.xray_whole(shape)['xray']
     if how != 'tencrop':
       return pictures(record, params, self.config)
@@ -140,6 +164,10 @@ class Cases:
     params |= {'box_start': np.repeat(np.array(corners, np.float32), 4, 0), 'flip': np.tile(flips, (5, 1)),
                'box_size': np.repeat(wide[None].astype(np.float32), 20, 0)}
     return pictures(record, params, self.config)
+
+
+def _geometry(record) -> tuple:
+  return record['volume'].shape[-3:], record['spacing_mm']
 
 
 TEN_CROP_OF = 256.      # pixels of the picture that crops of views.xray.size are cut from

@@ -16,6 +16,7 @@ from data_pipelines.errors import DataError
 
 SAME_MM = 1e-2               # two positions closer than this are one
 GAP_MM, GAP_SHARE = .1, .01  # distances differ by no more than the larger of the two
+MOST_MISSING = 4             # slices in a row that are interpolated
 TILT_SHARE = .01             # of the step between slices, sideways
 
 
@@ -29,7 +30,7 @@ class _Slice(NamedTuple):
   values: np.ndarray        # [rows, columns] int16 or float32
 
 
-def read(chosen: Series, *, oblique: str = 'resample') -> volume.Volume:
+def read(chosen: Series, *, oblique: str = 'resample', hu: bool = True, resample_gaps: bool = False) -> volume.Volume:
   """Reads a series.
 
   Numbers become values by slope and intercept (or Modality LUT) of each slice. On a CT, padding that its tag names
@@ -39,6 +40,9 @@ def read(chosen: Series, *, oblique: str = 'resample') -> volume.Volume:
   Args:
     chosen: of `series`; only path and files are used.
     oblique: 'resample', or 'refuse' to raise for volumes that would need it.
+    hu: as of nifti.read.
+    resample_gaps: slices that are missing, few in a row, are interpolated linearly, with a warning; else they are an
+      error, as is any other irregular distance.
 
   Returns:
     Volume as of nifti.read; values are scaled but not clipped.
@@ -51,14 +55,14 @@ def read(chosen: Series, *, oblique: str = 'resample') -> volume.Volume:
     raise ValueError(f"oblique={oblique!r}: expected 'resample' or 'refuse'")
   try:
     with np.errstate(all='ignore'):
-      return _read(chosen, oblique)
+      return _read(chosen, oblique, hu, resample_gaps)
   except DataError:
     raise
   except Exception as e:
     raise dicom_file.damaged(chosen.path, e) from e
 
 
-def _read(chosen: Series, oblique: str) -> volume.Volume:
+def _read(chosen: Series, oblique: str, hu: bool, resample_gaps: bool) -> volume.Volume:
   path, slices, warnings, masked = chosen.path, [], [], 0
   kinds = set()
   for file in chosen.files:
@@ -75,7 +79,7 @@ def _read(chosen: Series, oblique: str) -> volume.Volume:
     raise DataError('GEOMETRY', path, 'slices differ in kind, size or bits: '
                     + ', '.join(f'{k} {h} x {w} {b} bit' for k, (h, w), b in sorted(kinds)), 'export one series')
   (kind, (rows, columns), bits), = kinds
-  affine, order, gantry = _geometry(slices, _thickness(ds), path)
+  affine, order, at, gantry = _geometry(slices, _thickness(ds), resample_gaps, path, warnings)
   dtype = np.int16 if all(s.values.dtype == np.int16 for s in slices) else np.float32
   stack = np.empty((len(slices), rows, columns), dtype)
   for k, source in enumerate(order):
@@ -84,9 +88,10 @@ def _read(chosen: Series, oblique: str) -> volume.Volume:
   low, high = float(stack.min()), float(stack.max())
   if dtype == np.float32 and volume.fits_int16(low, high) and all(np.array_equal(s, np.rint(s)) for s in stack):
     stack = stack.astype(np.int16)
-  meta = {'shape': (columns, rows, len(stack)), 'dtype': f'{"int" if _signed(ds) else "uint"}{bits}', 'modality': kind,
+  stack = _regular(stack, at, path)
+  meta = {'shape': (columns, rows, len(slices)), 'dtype': f'{"int" if _signed(ds) else "uint"}{bits}', 'modality': kind,
           'range': (low, high), 'nonfinite': 0, 'padding': masked}
-  return volume.settle(stack.transpose(2, 1, 0), affine, path, meta, warnings, oblique=oblique, gantry=gantry,
+  return volume.settle(stack.transpose(2, 1, 0), affine, path, meta, warnings, oblique=oblique, hu=hu, gantry=gantry,
                        shear_limit=TILT_SHARE)
 
 
@@ -168,8 +173,10 @@ def _groups(ds, path: str) -> list:
   return out
 
 
-def _geometry(slices, thickness: float, path: str) -> tuple[np.ndarray, np.ndarray, str]:
-  """-> affine from (column, row, slice, 1) to RAS mm, the order of the slices, and the tilt of the gantry in words.
+def _geometry(slices, thickness: float, resample_gaps: bool, path: str, warnings: list
+              ) -> tuple[np.ndarray, np.ndarray, np.ndarray, str]:
+  """-> affine from (column, row, slice, 1) to RAS mm, the order of the slices, their places in units of the affine's
+  step, and the tilt of the gantry in words.
 
   Raises:
     DataError: GEOMETRY DUP_POSITION SLICE_GAP.
@@ -185,11 +192,11 @@ def _geometry(slices, thickness: float, path: str) -> tuple[np.ndarray, np.ndarr
   along = places @ normal
   order = np.argsort(along, kind='stable')
   places, along = places[order], along[order]
-  step, gantry = normal * thickness, ''
+  step, gantry, at = normal * thickness, '', np.zeros(1)
   if len(slices) > 1:
-    _check_distances(along, path)
-    step = (places[-1] - places[0]) / (len(slices) - 1)
-    line = places[0] + step * np.arange(len(slices))[:, None]
+    at = _places(along, resample_gaps, path, warnings)
+    step = (places[-1] - places[0]) / at[-1]
+    line = places[0] + step * at[:, None]
     off = (places - line) - np.outer((places - line) @ normal, normal)
     aside = np.linalg.norm(off, axis=1).max()
     if aside > max(GAP_MM, GAP_SHARE * np.linalg.norm(step)):
@@ -201,11 +208,18 @@ def _geometry(slices, thickness: float, path: str) -> tuple[np.ndarray, np.ndarr
   lps = np.eye(4)
   lps[:3, 0], lps[:3, 1] = first.rows * first.pixel_mm[1], first.columns * first.pixel_mm[0]
   lps[:3, 2], lps[:3, 3] = step, places[0]
-  return np.diag([-1., -1, 1, 1]) @ lps, order, gantry
+  return np.diag([-1., -1, 1, 1]) @ lps, order, at, gantry
 
 
-def _check_distances(along: np.ndarray, path: str) -> None:
-  """along: sorted positions in mm. Raises DataError DUP_POSITION or SLICE_GAP."""
+def _places(along: np.ndarray, resample_gaps: bool, path: str, warnings: list) -> np.ndarray:
+  """Sorted positions in mm -> in steps from the first one: 0, 1, 2, ... where all distances are equal.
+
+  Else, with resample_gaps, in steps of nearly the regular distance of which a whole number leads to the last slice.
+  A slice that is no farther from a whole number than those of a regular series may be counts as lying there.
+
+  Raises:
+    DataError: DUP_POSITION SLICE_GAP.
+  """
   distances = np.diff(along)
   if distances.min() < SAME_MM:
     at = along[distances.argmin()]
@@ -213,15 +227,50 @@ def _check_distances(along: np.ndarray, path: str) -> None:
     raise DataError('DUP_POSITION', path, f'{count} images at position {at:.1f} mm (several time points, or copies?)',
                     'keep one image per position')
   usual = np.sort(distances)[(len(distances) - 1) // 2]
-  wrong = np.abs(distances - usual) > max(GAP_MM, GAP_SHARE * usual)
-  if wrong.any():
-    at = int(wrong.argmax())
-    missing = distances[at] / usual - 1
-    whole = round(missing)
-    text = (f'{whole} slice{"s" * (whole > 1)} missing' if whole > 0 and abs(missing - whole) < .1 else 'irregular')
-    shown = distances if len(distances) <= 6 else np.unique(np.round(distances, 1))[:6]
-    raise DataError('SLICE_GAP', path, f'distances {", ".join(f"{d:.4g}" for d in shown)} mm: {text} after position '
-                    f'{along[at]:.1f}', 'copy the missing slices, or leave the series out')
+  slack = max(GAP_MM, GAP_SHARE * usual)
+  wrong = np.abs(distances - usual) > slack
+  if not wrong.any():
+    return np.arange(len(along), dtype=float)
+  first = int(wrong.argmax())
+  missing = distances[first] / usual - 1
+  whole = round(missing)
+  text = (f'{whole} slice{"s" * (whole > 1)} missing' if whole > 0 and abs(missing - whole) < .1 else 'irregular')
+  shown = distances if len(distances) <= 6 else np.unique(np.round(distances, 1))[:6]
+  text = f'distances {", ".join(f"{d:.4g}" for d in shown)} mm: {text} after position {along[first]:.1f}'
+  regular, extent = distances[~wrong].mean(), along[-1] - along[0]
+  if not resample_gaps:
+    raise DataError('SLICE_GAP', path, text, 'copy the missing slices, or interpolate them: --resample_gaps of doctor '
+                    'and prepare')
+  if distances.max() > (MOST_MISSING + 1) * regular + slack:
+    raise DataError('SLICE_GAP', path, f'{text}; the largest gap is {distances.max():.4g} mm',
+                    f'copy the missing slices (no more than {MOST_MISSING} in a row are interpolated)')
+  steps = round(extent / regular)
+  at = (along - along[0]) / extent * steps
+  there = np.abs(at - np.rint(at)) * extent / steps <= slack
+  at[there] = np.rint(at[there])
+  made = steps + 1 - len(np.unique(at[there]))
+  warnings.append(f'WARN SLICE_GAP {path}: {text}; {made} of {steps + 1} slices interpolated. FIX: copy the missing '
+                  'slices')
+  return at
+
+
+def _regular(stack: np.ndarray, at: np.ndarray, path: str) -> np.ndarray:
+  """Slices [N, rows, columns] at places `at` -> slices at 0, 1, 2, ...; where there is none, linear between its
+  neighbours."""
+  if np.array_equal(at, np.arange(len(stack))):
+    return stack
+  shape = int(at[-1]) + 1, *stack.shape[1:]
+  volume.check_size(shape, path)
+  out = np.empty(shape, stack.dtype)
+  for k in range(len(out)):
+    j = int(np.searchsorted(at, k))
+    if at[j] == k:
+      out[k] = stack[j]
+      continue
+    share = float((k - at[j - 1]) / (at[j] - at[j - 1]))
+    mixed = (1 - share) * stack[j - 1] + share * stack[j]
+    out[k] = np.rint(mixed) if stack.dtype == np.int16 else mixed
+  return out
 
 
 # ---- radiographs

@@ -1,7 +1,8 @@
 """Reads every file of a folder or list to its end and says what is wrong with it, before training does.
 
   python -m data_pipelines.doctor DIR|LIST [--workers=N] [--format=auto|nifti|dicom|image] [--modality=ct|mr|other]
-    [--as=auto|image] [--json=out.jsonl] [--html=out.html] [--manifest=OUT_DIR] [--split=.8,.1,.1] [--seed=0]
+    [--sequences=_t1,_flair] [--resample_gaps] [--as=auto|image] [--json=out.jsonl] [--html=out.html]
+    [--manifest=OUT_DIR] [--split=.8,.1,.1] [--seed=0]
     [--group_by=column,...] [--subject_from=file|folder|PATTERN] [--dataset=NAME] [--licence=TEXT]
 
 One line per finding on stdout, `SEVERITY CODE path: reason; consequence. FIX: remedy`, a table of the codes, and the
@@ -13,14 +14,25 @@ import signal
 import sys
 from typing import NamedTuple
 
-from data_pipelines import duplicates, entries, examination, files, finding, importers, manifest, readers, splits
+from data_pipelines import (
+  duplicates,
+  entries,
+  examination,
+  files,
+  finding,
+  importers,
+  judgement,
+  manifest,
+  readers,
+  sequences,
+  splits,
+)
 from data_pipelines import workers as processes
 from data_pipelines.command import Parser
 from data_pipelines.errors import DataError
 from data_pipelines.examination import Job, Result
 from data_pipelines.finding import Finding
 
-MODALITIES = ('ct', 'mr', 'other')
 ALL_PICTURES = 300            # beyond that many files only those with errors or warnings are shown
 PICTURE_BYTES = 64 << 20      # kept in memory for the page
 USAGE = 'python -m data_pipelines.doctor DIR|LIST [--modality=ct|mr|other] [--html=FILE] [--manifest=DIR] ...'
@@ -54,7 +66,8 @@ def main(argv=None) -> int:
     shares = splits.checked(flags.split)
     report = examine(flags.source, workers=flags.workers, format=flags.format, modality=flags.modality,
                      as_image=flags.as_ == 'image', pictures=bool(flags.html), group_by=flags.group_by,
-                     licence=flags.licence, options=options)
+                     licence=flags.licence, options=options, ends=sequences.parse(flags.sequences),
+                     resample_gaps=flags.resample_gaps)
   except DataError as e:
     print(f'ERROR {e}')
     return 2
@@ -81,7 +94,10 @@ def _flags(argv):
   p.add_argument('source', metavar='DIR|LIST', help='folder, glob pattern, or any list that the importers know')
   p.add_argument('--workers', type=int, help='processes (0: none besides this one); as many as there are cores')
   p.add_argument('--format', default='auto', choices=readers.FORMATS, help='look for this format alone')
-  p.add_argument('--modality', default='ct', choices=MODALITIES, help='ct asks volumes for HU')
+  p.add_argument('--modality', default='ct', choices=judgement.MODALITIES, help='ct asks volumes for HU')
+  p.add_argument('--sequences', default='', help=sequences.FLAG)
+  p.add_argument('--resample_gaps', action='store_true', help='DICOM series with missing slices are not excluded: '
+                 'prepare will interpolate them, with the same flag')
   p.add_argument('--as', dest='as_', default='auto', choices=('auto', 'image'), help='image: each CT slice of DICOM '
                  'series is a picture')
   p.add_argument('--json', help='write a row per file here')
@@ -101,7 +117,8 @@ def _flags(argv):
 
 def examine(source, *, workers: int | None = None, format: str = 'auto', modality: str = 'ct', as_image: bool = False,
             pictures: bool = False, group_by=(), licence: str | None = None,
-            options: entries.Options = entries.DEFAULT) -> Report:
+            options: entries.Options = entries.DEFAULT, ends: tuple[str, ...] = (), resample_gaps: bool = False
+            ) -> Report:
   """Looks at all samples of a source.
 
   Args:
@@ -113,13 +130,19 @@ def examine(source, *, workers: int | None = None, format: str = 'auto', modalit
     group_by: as of splits.groups.
     licence: of rows that name none.
     options: of the importers.
+    ends: of the names of the sequences of a scan, see sequences.py.
+    resample_gaps: as of dicom.read.
 
   Raises:
     DataError: EMPTY_DIR, and those of importers.rows: there is nothing that could be looked at.
   """
   source = os.fspath(source)
   jobs, findings, ignored = jobs_of(source, format, as_image, options)
-  jobs = [_completed(job, modality, format, as_image, pictures, licence) for job in jobs]
+  if ends:
+    jobs, left = _joined(jobs, ends)
+    ignored = ', '.join(text for text in (ignored, left) if text)
+  jobs = [_completed(job, modality, format, as_image, pictures, licence)._replace(resample_gaps=resample_gaps)
+          for job in jobs]
   splits.groups([j.row for j in jobs], (), group_by)    # a wrong column should not wait for the reading
   results = _look(jobs, workers, pictures)
   pairs = duplicates.pairs(*([of(r) for r in results] for of in (
@@ -166,6 +189,13 @@ def _found(source: str, format: str, as_image: bool, options: entries.Options
             for path, kind, _, _ in samples]
   rows = importers.of_files(source, listed, options) if listed else []
   return [Job(row, item, fault) for row, (_, _, item, fault) in zip(rows, samples)], findings, found.others
+
+
+def _joined(jobs: list[Job], ends) -> tuple[list[Job], str]:
+  """Volumes as samples of several sequences, and what was left out."""
+  kept = {j.row['id']: j for j in jobs if j.fault or j.row['kind'] != 'volume'}
+  rows, left = sequences.of_rows([j.row for j in jobs if j.row['id'] not in kept], ends)
+  return sorted([*kept.values(), *(Job(row, fault=fault) for row, fault in rows)], key=lambda j: j.row['id']), left
 
 
 def _slices(item: readers.Item) -> list[readers.Item]:
@@ -278,7 +308,8 @@ def write_manifest(report: Report, folder, shares=(.8, .1, .1), seed: int = 0, c
     rows = splits.assign(report.rows, shares, seed)
     about = {'split': list(map(float, shares)), 'seed': seed} | (config or {})
     digest = manifest.write(folder, rows, config=about)
-    return report._replace(rows=rows), f'wrote {os.path.join(os.fspath(folder), manifest.NAME)} (hash {digest})'
+    file = os.path.join(os.fspath(folder), manifest.NAME)
+    return report._replace(rows=rows), f'wrote {file} (hash {digest}): train with --config.data.manifest={file}'
   except DataError as e:
     known = {f.code for f in report.findings}
     told = [] if e.code in known else [Finding('ERROR', e.code, e.path, e.reason, '', e.remedy)]

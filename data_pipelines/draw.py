@@ -18,11 +18,11 @@ ATTEMPTS = 10    # of a random-resized crop, before the largest allowed central 
 
 
 def ct_pair(rng, config, shape, spacing_mm, whole_shape=None, whole_spacing_mm=None) -> dict:
-  """Two CT views and two DRR views of one record.
+  """Two CT views and two DRR views of one record; of other modalities there are no DRR.
 
   Args:
     rng: np.random.Generator.
-    config: the run config; reads views.ct, views.drr, drr.
+    config: the run config; reads data.modality, views.ct, views.drr, drr.
     shape: of the tile `[D, H, W]`.
     spacing_mm: of the tile, (z, y, x).
     whole_shape, whole_spacing_mm: of the scan that is projected with drr.scope='volume'.
@@ -31,6 +31,8 @@ def ct_pair(rng, config, shape, spacing_mm, whole_shape=None, whole_spacing_mm=N
     ValueError: scope='volume' without the whole scan; paired windows where the tile is not the whole.
   """
   ct = _volumes(rng, config.views.ct, shape)
+  if config.data.modality != 'ct':
+    return {'ct': ct}
   field = _field(config, shape, spacing_mm, whole_shape, whole_spacing_mm)
   if config.drr.paired_window:
     window = _paired(config, ct, shape, spacing_mm, whole_shape, whole_spacing_mm)
@@ -51,13 +53,14 @@ def ct_view(rng, config, shape, focus=None) -> dict:
   """One CT view, for a record with labels: the first of a pair.
 
   Args:
-    focus: voxel (z, y, x) that the box must hold, at a random place of it; None = anywhere.
+    focus: voxel (z, y, x) that the box must hold, at a random place of it; None = anywhere. Only extent='output'.
   """
   params = {name: values[:1] for name, values in _volumes(rng, config.views.ct, shape).items()}
   if focus is not None:
-    size = params['box_size'][0]
+    size = params['box_size'][0]      # whole voxels, as the start
     room = np.minimum(0, shape - size), np.maximum(0, shape - size)
-    params['box_start'] = np.clip(np.add(focus, .5) - rng.random(3) * size, *room)[None].astype(np.float32)
+    start = np.subtract(focus, rng.integers(0, size.astype(int)))
+    params['box_start'] = np.clip(start, *room)[None].astype(np.float32)
   return {'ct': params}
 
 
@@ -86,6 +89,8 @@ def ct_centre(config, shape, spacing_mm, whole_shape=None, whole_spacing_mm=None
   ct = dict(box_start=start[None].astype(np.float32), box_size=size[None].astype(np.float32),
             flip=np.zeros((1, 3), bool), noise_std=np.zeros(1, np.float32), noise_key=np.zeros((1, 2), np.uint32),
             **{k: np.full((1, depth), v, np.float32) for k, v in neutral.items()})
+  if config.data.modality != 'ct':
+    return {'ct': ct}
   _, size_mm = _largest(_field(config, shape, spacing_mm, whole_shape, whole_spacing_mm), config.views.drr.ratio)
   drr = dict(center_mm=np.zeros((1, 2)), pitch_mm=np.array(size_mm)[None] / config.views.drr.size,
              offset_mm=np.zeros((1, 2)), tilt_deg=np.zeros((1, 3)), **_plain())
@@ -109,9 +114,11 @@ def _volumes(rng, cfg, shape) -> dict:
 def _pictures(rng, cfg, shape) -> dict:
   """Parameters of two views of a radiograph."""
   boxes = [_random_resized(rng, cfg, shape, whole=True) for _ in range(2)]
-  flip = np.stack([np.zeros(2, bool), rng.random(2) < cfg.flip_p], 1)    # left-right only
+  leftright = rng.random(2) < cfg.flip_p
+  updown = rng.random(2) < cfg.updown_p if cfg.updown_p else np.zeros(2, bool)
   return dict(box_start=np.array([b[0] for b in boxes], np.float32),
-              box_size=np.array([b[1] for b in boxes], np.float32), flip=flip, **_photometry(rng, cfg))
+              box_size=np.array([b[1] for b in boxes], np.float32), flip=np.stack([updown, leftright], 1),
+              **_photometry(rng, cfg))
 
 
 def _boxes(rng, cfg, shape) -> dict:

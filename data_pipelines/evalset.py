@@ -6,12 +6,14 @@ from typing import NamedTuple
 
 import numpy as np
 
-from data_pipelines import cases, draw, manifest, phantom, readers, sample, sources, streams
+from data_pipelines import cases, draw, files, manifest, phantom, readers, sample, sources, streams
 from data_pipelines.errors import DataError
+
+HU_WINDOW, Z_WINDOW = (-1., 1.), (-2., 3.)      # of HU / 1024; of z-scores
 
 
 class EvalSet(NamedTuple):
-  views: dict      # {'ct': [N, 1, D, H, W, 1], 'drr': [N, 1, h, w, 3], 'xray': [M, 1, h, w, 3]} float32
+  views: dict      # {'ct': [N, 1, D, H, W, C], 'drr': [N, 1, h, w, 3], 'xray': [M, 1, h, w, 3]} float32
   labels: dict     # {'ct': {name: [N] 0/1}, 'xray': {name: [M] 0/1}}
   fit: dict        # {'ct': [N] bool, 'xray': [M] bool}: what kNN may learn from
   paired: bool     # row i of all three is one patient
@@ -22,7 +24,8 @@ def build(config):
   """What scores are computed on while a run goes on.
 
   An EvalSet of phantoms of the development range, or of the manifest that eval.knn names; of a task the Cases of its
-  validation split, None where there is none and nothing is selected by it.
+  validation split. None where there is nothing: phantoms are CT and X-ray, so of a run on another modality only their
+  X-rays are used; a task may have no validation split if eval.select is empty.
   """
   if 'task' in config:
     try:
@@ -31,11 +34,17 @@ def build(config):
       if e.code != 'SPLIT_EMPTY' or config.eval.select:
         raise
       return None
-  return _from_manifest(config) if config.eval.knn else _phantoms(config)
+  if config.eval.knn:
+    return _from_manifest(config)
+  if config.data.modality == 'ct' or config.phases.xray:
+    return _phantoms(config)
+  files.say(f'no scores: phantoms are CT and X-ray, this run is data.modality={config.data.modality}. FIX: eval.knn='
+            'a labelled manifest.jsonl')
+  return None
 
 
 def centre_ct(record, config) -> dict:
-  return sample.ct_sample(record, draw.ct_centre(config, *geometry(record)), config)
+  return sample.ct_sample(record, draw.ct_centre(config, *sample.sizes(record)), config)
 
 
 def centre_xray(record, config) -> dict:
@@ -43,16 +52,17 @@ def centre_xray(record, config) -> dict:
 
 
 def _phantoms(config) -> EvalSet:
-  n = config.eval.records
+  n, both = config.eval.records, config.data.modality == 'ct'
   cts = sources.PhantomCT(config.seed, n, part='development', whole=config.drr.scope == 'volume')
   rays = sources.PhantomXray(config.seed, n, part='development')
   rows, labels = [], {name: np.zeros(n, int) for name in phantom.FINDINGS}
   for i in range(n):
-    rows.append(centre_ct(cts[i], config) | centre_xray(rays[i], config))
+    rows.append((centre_ct(cts[i], config) if both else {}) | centre_xray(rays[i], config))
     for name, value in cts.labels(i).items():
       labels[name][i] = value
   fit = np.arange(n) < config.eval.fit
-  return EvalSet(_stack(rows), {'ct': labels, 'xray': labels}, {'ct': fit, 'xray': fit}, True, 'phantoms')
+  of = ('ct', 'xray') if both else ('xray',)
+  return EvalSet(_stack(rows), dict.fromkeys(of, labels), dict.fromkeys(of, fit), both, 'phantoms')
 
 
 def _from_manifest(config) -> EvalSet:
@@ -62,7 +72,7 @@ def _from_manifest(config) -> EvalSet:
     part = [r for r in rows if r['kind'] == kind]
     if not part:
       continue
-    made = [centre_ct(sources.one_ct(r['path'], config), config) if kind == 'volume'
+    made = [centre_ct(sources.one_ct(readers.of_row(r), config), config) if kind == 'volume'
             else centre_xray({'image': readers.image(r['path']).array}, config) for r in part]
     views |= _stack(made)
     known = sorted({k for r in part for k in r['label']})
@@ -87,7 +97,7 @@ def preview(config, of, n: int = 4) -> dict:
 
   Returns:
     {stream: {'name': [str], 'centre': {field: [n, 1, ...]}, 'views': {field: [n, 2, ...]}}}; 'ct' also has
-    'pixel_mm' [n, 3], size of a voxel (z, y, x) of its centre view.
+    'pixel_mm' [n, 3], size of a voxel (z, y, x) of its centre view, and 'window', what is shown as black and white.
   """
   out = {}
   for name, stream in of.items() if 'task' not in config else ():
@@ -97,16 +107,10 @@ def preview(config, of, n: int = 4) -> dict:
     views = [streams.views(name, r, config, np.random.default_rng([config.seed, i])) for i, r in enumerate(records)]
     out[name] = {'name': [r['name'] for r in records], 'centre': _stack(centre), 'views': _stack(views)}
     if name == 'ct':
-      boxes = [draw.ct_centre(config, *geometry(r))['ct']['box_size'][0] for r in records]
+      boxes = [draw.ct_centre(config, *sample.sizes(r))['ct']['box_size'][0] for r in records]
       out[name]['pixel_mm'] = np.array([b * r['spacing_mm'] for b, r in zip(boxes, records)]) / config.views.ct.size
+      out[name]['window'] = HU_WINDOW if config.data.modality == 'ct' else Z_WINDOW
   return out
-
-
-def geometry(record) -> tuple:
-  """Shape and spacing of a CT record, and of the whole scan where it carries that."""
-  whole = record.get('whole')
-  rest = () if whole is None else (whole.shape, record['whole_spacing_mm'])
-  return (record['volume'].shape, record['spacing_mm'], *rest)
 
 
 def _stack(rows) -> dict:

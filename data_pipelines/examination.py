@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from data_pipelines import duplicates, files, finding, judgement, readers, thumbnails
+from data_pipelines import duplicates, finding, judgement, readers, sequences, thumbnails
 from data_pipelines.errors import DataError
 from data_pipelines.finding import Finding
 
@@ -18,13 +18,14 @@ class Job(NamedTuple):
   """A sample to look at.
 
   Attributes:
-    row: of the manifest; `path`, `kind` and, if they are there, `mask` and `view` are used.
+    row: of the manifest; `path`, `kind` and, if they are there, `paths`, `mask` and `view` are used.
     item: what was found at its path; None: it has to be found.
     fault: why it cannot be read, where that is known already.
     modality: 'ct', 'mr' or 'other'.
     format: of readers.item.
     as_slice: a DICOM file with one CT slice that is used as a picture.
     picture: whether to draw a thumbnail.
+    resample_gaps: as of dicom.read.
   """
   row: dict
   item: readers.Item | None = None
@@ -33,6 +34,7 @@ class Job(NamedTuple):
   format: str = 'auto'
   as_slice: bool = False
   picture: bool = False
+  resample_gaps: bool = False
 
   @property
   def shown(self) -> str:
@@ -44,8 +46,8 @@ class Result(NamedTuple):
 
   Attributes:
     findings: errors first, one per code.
-    facts: sha, seconds; of what could be read also the manifest's shape, spacing, orient, shape_canon, hu_* and,
-      of pictures, mode.
+    facts: sha, seconds; of what could be read also the manifest's shape, spacing, orient, shape_canon, hu_* (of the
+      first sequence) and, of pictures, mode.
     slices: duplicates.slice_hashes of a volume.
     small: judgement.small of a picture.
     picture: PNG.
@@ -79,18 +81,22 @@ def _examine(job: Job, facts: dict) -> Result:
     raise job.fault
   if job.row['kind'] not in ('volume', 'image'):
     return Result([], facts)
-  item = job.item or readers.item(job.row['path'], job.row['kind'], job.format)
-  facts['sha'] = files.sha(item.files)
+  item = job.item or readers.of_row(job.row, job.format)
+  facts['sha'] = readers.sha(item)
   if job.row['kind'] == 'image' and not job.as_slice:
     return _radiograph(job, item, facts)
   return _volume(job, item, facts)
 
 
 def _volume(job: Job, item: readers.Item, facts: dict) -> Result:
-  volume = readers.volume(item)
-  counts = judgement.histogram(volume.array)
+  volume, *further = sequences.read(item, job.modality, job.resample_gaps)
+  counts, least = judgement.histogram(volume.array), 1 if job.as_slice else judgement.LEAST
   findings = [finding.of_warning(text, item.path) for text in volume.meta['warnings']]
-  findings += judgement.volume(volume, item.path, job.modality, 1 if job.as_slice else judgement.LEAST, counts)
+  findings += judgement.volume(volume, item.path, job.modality, least, counts)
+  for other, part in zip(further, item.further):
+    findings += [finding.of_warning(text, part.path) for text in other.meta['warnings']]
+    findings += judgement.volume(other, part.path, job.modality, least)
+  del further
   low, high = volume.meta['range']
   p1, p50, p99 = judgement.percentiles(volume.array, counts)
   (_, affine), grid = volume.meta['grid'], volume.meta['grid']

@@ -10,6 +10,7 @@ from etils import epath
 
 from data_pipelines.errors import DataError
 
+BLOCK = 1 << 20
 PAIRS = ('.hdr.gz', '.hdr', '.img.gz', '.img')    # halves of a NIfTI sample
 
 
@@ -35,8 +36,22 @@ def read_bytes(path) -> bytes:
   except Exception as e:    # every storage backend has its own
     raise DataError('UNREADABLE', path, f'{type(e).__name__}: {e}', 'check path and permissions') from e
   if not data:
-    raise DataError('ZERO_BYTES', path, 'file has 0 bytes', 'copy or download it again')
+    raise nothing(path)
   return data
+
+
+def blocks(path):
+  """Yields the content of a file, which may be empty, some of it at a time. Raises DataError UNREADABLE."""
+  try:
+    with epath.Path(path).open('rb') as file:
+      while block := file.read(BLOCK):
+        yield block
+  except Exception as e:    # every storage backend has its own
+    raise DataError('UNREADABLE', path, f'{type(e).__name__}: {e}', 'check path and permissions') from e
+
+
+def nothing(path) -> DataError:
+  return DataError('ZERO_BYTES', path, 'file has 0 bytes', 'copy or download it again')
 
 
 def write_text(path, text: str) -> None:
@@ -108,12 +123,8 @@ def _parts(path: str) -> list[str]:
 
 def _sha(path) -> str:
   made = hashlib.blake2b(digest_size=16)
-  try:
-    with epath.Path(path).open('rb') as file:
-      while block := file.read(1 << 20):
-        made.update(block)
-  except Exception as e:    # every storage backend has its own
-    raise DataError('UNREADABLE', path, f'{type(e).__name__}: {e}', 'check path and permissions') from e
+  for block in blocks(path):
+    made.update(block)
   return made.hexdigest()
 
 

@@ -4,16 +4,17 @@ import hashlib
 import math
 
 
-def nested(groups, strata, share: float, seed: int) -> list[int]:
+def nested(groups, classes, share: float, seed: int) -> list[int]:
   """Indices of a share of the samples, in order.
 
-  The patients of each stratum are shuffled by a hash of their name, so that the same share is drawn on every machine, a
-  smaller share lies in every larger one, and other patients do not change who comes first.
+  A patient counts as one of the rarest class that any sample of it has. The patients of a class are shuffled by a hash
+  of their name, so that the same share is drawn on every machine, and a smaller share lies in every larger one. The
+  first patient that has a class is in every share, so none is lost.
 
   Args:
     groups: patient of each sample.
-    strata: class of each sample; a patient counts as that of the first sample.
-    share: of the patients, in (0, 1]; at least one patient of every stratum.
+    classes: the classes that each sample has, any number of them; none is a class of its own.
+    share: of the patients of each class, in (0, 1].
     seed: another one draws another subset.
 
   Raises:
@@ -21,14 +22,17 @@ def nested(groups, strata, share: float, seed: int) -> list[int]:
   """
   if not 0 < share <= 1:
     raise ValueError(f'data.label_fraction={share}: must lie in (0, 1]')
-  stratum = {}
-  for group, name in zip(groups, strata):
-    stratum.setdefault(group, name)
-  members = collections.defaultdict(list)
-  for group in sorted(stratum, key=lambda g: _hash(g, seed)):
-    members[stratum[group]].append(group)
-  kept = {g for part in members.values() for g in part[:max(1, math.floor(share * len(part) + .5))]}
-  return [i for i, group in enumerate(groups) if group in kept]
+  found = collections.defaultdict(set)
+  for group, names in zip(groups, classes):
+    found[group].update(names)
+  found = {group: sorted(found[group]) or [''] for group in sorted(found, key=lambda g: _hash(g, seed))}
+  count = collections.Counter(name for names in found.values() for name in names)
+  members, kept = collections.defaultdict(list), {}
+  for group, names in found.items():
+    members[min(names, key=lambda name: count[name])].append(group)
+    kept |= {name: group for name in names if name not in kept}
+  chosen = set(kept.values()).union(*(part[:math.floor(share * len(part) + .5)] for part in members.values()))
+  return [i for i, group in enumerate(groups) if group in chosen]
 
 
 def _hash(name: str, seed: int) -> int:

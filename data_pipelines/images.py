@@ -57,7 +57,11 @@ def labels(path, of: Radiograph) -> np.ndarray:
   """
   data = read_bytes(path)
   try:
-    image = ImageOps.exif_transpose(Image.open(io.BytesIO(data)))
+    image = Image.open(io.BytesIO(data))
+  except Exception as e:
+    raise _not_image(path, data) from e
+  try:
+    image = ImageOps.exif_transpose(image)
     array = np.asarray(image if image.mode in ('L', 'P', '1', 'I;16', 'I') else image.convert('RGB'))
   except Exception as e:    # Pillow's decoders raise OSError, SyntaxError, struct.error, zlib.error, ...
     raise DataError('TRUNCATED', path, f'label map cannot be decoded ({type(e).__name__}: {e})', 'copy again') from e
@@ -66,7 +70,8 @@ def labels(path, of: Radiograph) -> np.ndarray:
       raise DataError('MASK_VALUE', path, 'is coloured', 'store one number a pixel')
     array = array[..., 0]
   width, height = of.meta['size']
-  upright = (height, width) if (height < width) == (of.array.shape[0] < of.array.shape[1]) else (width, height)
+  turned = (height - width) * (of.array.shape[0] - of.array.shape[1]) < 0
+  upright = (width, height) if turned else (height, width)
   if array.shape != upright:
     raise DataError('MASK_GRID', path, f'{array.shape[1]} x {array.shape[0]} pixels, its image {upright[1]} x '
                     f'{upright[0]}', 'resample it on the pixels of its image')

@@ -195,14 +195,14 @@ def _volume(sample: Sample, how: How) -> Seen:
     raise DataError('DIMENSION', sample.path, 'volume given to a 2D-only encoder',
                     'take weights that know 3D volumes, or give images alone')
   scan = _together(sample) if sample.rows else _read(sample, how)
-  boxes = windows.cover(scan.volume.shape, cfg, _tile(how))
+  boxes = windows.cover(scan.volume.shape[-3:], cfg, _tile(how))
   kept = boxes if how.modality != 'ct' else [b for b in boxes if windows.holds_body(scan.volume, b)]
   if not kept:
     raise DataError('NO_BODY', sample.path, f'in each of its {len(boxes)} tiles less than '
                     f'{100 * windows.BODY_SHARE:g} % of the voxels are above {windows.BODY_HU} HU',
                     'look at it; if it is no CT, pass --modality=other')
   places = [Box(tuple(a + b for a, b in zip(box.corner, scan.corner)), box.size) for box in kept]
-  view = lambda k: cases.normalised(windows.view(scan.volume, kept[k], cfg), cfg, SCALE)
+  view = lambda k: cases.normalised(windows.view(scan, kept[k], cfg), cfg, SCALE)
   return Seen(places, view, scan.warnings)
 
 
@@ -220,10 +220,7 @@ def _read(sample: Sample, how: How) -> tiles.Scan:
     item = item._replace(path=f'{item.path}::{how.frame}')
   if how.volume.record == 'tile':
     return tiles.read(item, how.modality, False, how.spacing_mm, _tile(how))
-  found = readers.volume(item)      # as records of a task
-  warnings = found.meta['warnings'] + tiles.judge(found, item.path, how.modality)
-  array, spacing_mm = tiles.resampled(tiles.clipped(found.array), found.spacing_mm, how.spacing_mm)
-  return tiles.Scan(array, spacing_mm, None, None, warnings)
+  return tiles.whole(item, how.modality, how.spacing_mm)      # as records of a task
 
 
 # ---- prepared folders
@@ -232,12 +229,12 @@ def _together(sample: Sample) -> tiles.Scan:
   """The scan that the tiles of a prepared folder were cut from."""
   rows = sorted(sample.rows, key=lambda row: row['z0'])
   found = [_record(sample.root, row) for row in rows]
-  depth = rows[-1]['z0'] + len(found[-1]['volume'])
-  volume = np.empty((depth, *found[0]['volume'].shape[1:]), np.int16)
+  *channels, _, height, width = found[0]['volume'].shape
+  volume = np.empty((*channels, rows[-1]['z0'] + found[-1]['volume'].shape[-3], height, width), np.int16)
   for row, tile in zip(rows, found):
-    volume[row['z0']:row['z0'] + len(tile['volume'])] = tile['volume']
-  low = rows[0]['crop_box'][:3]
-  return tiles.Scan(volume, tuple(rows[0]['spacing']), None, None, [], (low[0] - rows[0]['z0'], *low[1:]))
+    volume[..., row['z0']:row['z0'] + tile['volume'].shape[-3], :, :] = tile['volume']
+  low, intensity = rows[0]['crop_box'][:3], {'pad': found[0]['pad']} if 'pad' in found[0] else {}
+  return tiles.Scan(volume, tuple(rows[0]['spacing']), None, None, [], (low[0] - rows[0]['z0'], *low[1:]), intensity)
 
 
 def _record(root: str, row: dict) -> dict:

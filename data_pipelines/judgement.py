@@ -9,10 +9,13 @@ import numpy as np
 from PIL import Image
 from scipy import ndimage
 
-from data_pipelines.finding import Finding, worst_of_each_code
+from data_pipelines import intensities
+from data_pipelines.errors import DataError
+from data_pipelines.finding import Finding, of_error, worst_of_each_code
 from data_pipelines.images import Radiograph
 from data_pipelines.volume import Volume
 
+MODALITIES = ('ct', 'mr', 'other')
 LEAST = 16                        # voxels per axis
 LEAST_PIXELS = 32                 # short side of a picture: one token of the last stage
 HU_RANGE = (-1024, 3071)
@@ -29,19 +32,19 @@ GRID = 96                         # voxels per axis of the grid on which a body 
 SMALL = 32                        # side of the picture that is compared with its mirror images
 TURNED = .45                      # by how much up-down symmetry exceeds left-right symmetry
 LATERAL, LATERAL_ASPECT = .45, 1.1    # left-right symmetry below, height to width from
-GRID_MM = 1e-2                    # between corners of a mask and its image, as a share of the smallest voxel: 1 %
+GRID_MM = 1e-2                    # between corners of two volumes on one grid, as a share of the smallest voxel: 1 %
 
 
 def fit(volume: Volume, path, modality: str = 'ct', least: int = LEAST) -> list[Finding]:
   """Errors and warnings that decide whether a readable volume can be trained on.
 
   Args:
-    modality: 'ct' asks for HU.
+    modality: 'ct' asks for HU, 'mr' that a DICOM series is no other one.
     least: slices; in-plane it is always LEAST.
 
   Returns:
-    Errors CONSTANT NONFINITE TOO_SMALL OBLIQUE SPACING, with modality 'ct' HU_UNCALIBRATED HU_INTERCEPT; warnings
-    SPACING HU_PADDING.
+    Errors CONSTANT NONFINITE TOO_SMALL OBLIQUE SPACING, with modality 'mr' MODALITY, with modality 'ct'
+    HU_UNCALIBRATED HU_INTERCEPT; warnings SPACING HU_PADDING.
   """
   meta, size, out = volume.meta, volume.array.size, []
   low, high = meta['range']
@@ -68,6 +71,9 @@ def fit(volume: Volume, path, modality: str = 'ct', least: int = LEAST) -> list[
           'correct the affine in the header, or use thinner slices')
   elif max(volume.spacing_mm[1:]) > PIXEL_MM * 1.001:
     found('WARN', 'SPACING', f'pixels of {max(volume.spacing_mm[1:]):.2f} mm')
+  if modality == 'mr' and meta.get('modality', 'MR') != 'MR':
+    found('ERROR', 'MODALITY', f"is {meta['modality']} by its header, not MR", 'excluded', 'leave it out, or use '
+          '--modality=other')
   if modality != 'ct' or low == high:
     return out
   if low >= 0 and 1000 < high <= 4095:
@@ -92,14 +98,21 @@ def volume(volume: Volume, path, modality: str = 'ct', least: int = LEAST, count
     counts: `histogram(volume.array)`, if it is known.
 
   Returns:
-    Those of `fit`; ORIENT; with modality 'ct' HU_IMPLAUSIBLE HU_CLIPPED METAL BODY_SIZE.
+    Those of `fit`; ORIENT; with modality 'ct' HU_IMPLAUSIBLE HU_CLIPPED METAL BODY_SIZE, else CONSTANT of the
+    foreground.
   """
   out, (low, high) = fit(volume, path, modality, least), volume.meta['range']
   found = lambda severity, code, *texts: out.append(Finding(severity, code, str(path), *texts))
   if volume.meta['axcodes'] != 'RAS':
     straight = volume.array.shape == volume.meta['shape_canon']
     found('INFO', 'ORIENT', f"stored {volume.meta['axcodes']}, reoriented {'exactly ' if straight else ''}to RAS")
-  if modality != 'ct' or low == high:
+  if low == high:
+    return worst_of_each_code(out)
+  if modality != 'ct':
+    try:
+      intensities.statistics(volume.array, modality, path)
+    except DataError as e:
+      out.append(of_error(e))
     return worst_of_each_code(out)
   counts = histogram(volume.array) if counts is None else counts
   uncalibrated = any(f.code in ('HU_UNCALIBRATED', 'HU_INTERCEPT') for f in out)
@@ -236,24 +249,29 @@ def mask_grid(grid, of_image, path) -> Finding | None:
     grid, of_image: (shape, affine [4, 4] to RAS mm), as of Volume.meta.
     path: of the label map.
   """
-  (shape, affine), (expected, goal) = _in_ras(*grid), _in_ras(*of_image)
+  text = grid_differs(grid, of_image, 'its image')
+  if not text:
+    return None
+  return Finding('ERROR', 'MASK_GRID', str(path), text, 'excluded', 'resample it on the grid of its image')
+
+
+def grid_differs(grid, of_other, other: str) -> str:
+  """In what a grid is not that of another volume, in words; '' where they are one. Arguments as of mask_grid."""
+  (shape, affine), (expected, goal) = _in_ras(*grid), _in_ras(*of_other)
   shown = lambda shape: ' x '.join(map(str, shape))
   if shape != expected:
-    text = f'shape {shown(shape)}, its image {shown(expected)} (R x A x S)'
-  else:
-    corners = np.array([[i, j, k, 1] for i in (0, 1) for j in (0, 1) for k in (0, 1)]).T
-    corners[:3] *= np.array(shape)[:, None] - 1
-    size = np.linalg.norm(goal[:3, :3], axis=0)
-    if np.abs((affine - goal) @ corners).max() <= GRID_MM * size.min():
-      return None
-    shift = np.linalg.solve(goal[:3, :3], affine[:3, 3] - goal[:3, 3])    # in voxels R, A, S
-    if np.abs((affine - goal)[:3, :3]).max() > 1e-3 * size.min():
-      mine = np.round(np.linalg.norm(affine[:3, :3], axis=0), 3)
-      text = f'voxels of {shown(mine)} mm, its image {shown(np.round(size, 3))} mm, or other directions'
-    else:
-      axis = int(np.abs(shift).argmax())
-      text = f'origin differs by {abs(shift[axis]):.3g} {("columns", "rows", "slices")[axis]} from its image'
-  return Finding('ERROR', 'MASK_GRID', str(path), text, 'excluded', 'resample it on the grid of its image')
+    return f'shape {shown(shape)}, {other} {shown(expected)} (R x A x S)'
+  corners = np.array([[i, j, k, 1] for i in (0, 1) for j in (0, 1) for k in (0, 1)]).T
+  corners[:3] *= np.array(shape)[:, None] - 1
+  size = np.linalg.norm(goal[:3, :3], axis=0)
+  if np.abs((affine - goal) @ corners).max() <= GRID_MM * size.min():
+    return ''
+  shift = np.linalg.solve(goal[:3, :3], affine[:3, 3] - goal[:3, 3])    # in voxels R, A, S
+  if np.abs((affine - goal)[:3, :3]).max() > 1e-3 * size.min():
+    mine = np.round(np.linalg.norm(affine[:3, :3], axis=0), 3)
+    return f'voxels of {shown(mine)} mm, {other} {shown(np.round(size, 3))} mm, or other directions'
+  axis = int(np.abs(shift).argmax())
+  return f'origin differs by {abs(shift[axis]):.3g} {("columns", "rows", "slices")[axis]} from {other}'
 
 
 def _in_ras(shape, affine) -> tuple[tuple, np.ndarray]:

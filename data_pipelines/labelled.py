@@ -13,6 +13,7 @@ import numpy as np
 from data_pipelines import files, fractions, images, judgement, manifest, phantom, readers, tiles
 from data_pipelines.errors import DataError
 from data_pipelines.sources import Cache, _digest
+from data_pipelines.volume import Volume
 from unimiss_jax.views import matrices
 
 KINDS = {'ct': 'volume', 'xray': 'image'}      # stream -> kind of a row
@@ -21,6 +22,7 @@ LUNG = ('lung_right', 'lung_left')             # what covers them in a label map
 OUTLINES = {'lungs': (*LUNG, 'effusion', 'consolidation', 'nodule', 'distractor'), 'heart': ('heart',),
             'lung_right': ('lung_right',), 'lung_left': ('lung_left',), 'spine': ('spine',), 'liver': ('liver',)}
 UNKNOWN = -1.
+TILTED = 'OBLIQUE', 'SHEAR', 'GANTRY_TILT'
 
 
 def source(name: str, config, split: str = 'train'):
@@ -40,11 +42,11 @@ def source(name: str, config, split: str = 'train'):
 class _Labelled:
   """What both have in common: a list of records of which training sees a share."""
 
-  def __init__(self, name, config, split, groups, strata):
+  def __init__(self, name, config, split, groups, classes):
     self.name, self.config, self.task, self.split = name, config, config.task, split
     self.cache = Cache()
     share = config.data.label_fraction if split == 'train' else 1.
-    self.chosen = fractions.nested(groups, strata, share, config.seed)
+    self.chosen = fractions.nested(groups, classes, share, config.seed)
 
   def __len__(self):
     return len(self.chosen)
@@ -60,7 +62,10 @@ class _Labelled:
 
 
 class Phantoms(_Labelled):
-  """Patients of the embedded benchmark: task.phantoms says how many of each split; the tests have another scanner."""
+  """Patients of the embedded benchmark: task.phantoms says how many of each split; the tests have another scanner.
+
+  Their findings are known when they are made, which is too late for shares by class.
+  """
 
   def __init__(self, name, config, split):
     part, first = PHANTOM_PARTS[split]
@@ -68,20 +73,29 @@ class Phantoms(_Labelled):
     self.classes = tuple(config.task.classes) or phantom.FINDINGS
     known = phantom.FINDINGS if config.task.kind == 'cls' else phantom.ORGANS if name == 'ct' else tuple(OUTLINES)
     if unknown := [c for c in self.classes if c not in known]:
-      raise DataError('LABEL', 'phantoms', f'task.classes: "{unknown[0]}" is not drawn', f'use some of {", ".join(known)}')
-    super().__init__(name, config, split, [str(i) for i in self.indices], [''] * len(self.indices))
+      raise DataError('LABEL', 'phantoms', f'task.classes: "{unknown[0]}" is not drawn',
+                      f'use some of {", ".join(known)}')
+    super().__init__(name, config, split, [str(i) for i in self.indices], [()] * len(self.indices))
 
   def listing(self) -> list[dict]:
-    return [{'id': f'phantom {self.indices[j]} of seed {self.config.seed}'} for j in self.chosen]
+    return [{'id': f'phantom {self.indices[j]} of seed {self.task.world}'} for j in self.chosen]
 
   def groups(self) -> list[str]:
     return [str(self.indices[j]) for j in self.chosen]
 
+  def grid(self, i: int):
+    """Where a prediction is written: the Volume of a scan, (height, width) of a picture."""
+    if self.name == 'xray':
+      return self.make(self.chosen[i])['image'].shape
+    made = phantom.make(self.task.world, self.indices[self.chosen[i]])
+    return Volume(made.hu, made.spacing_mm, made.affine, {})
+
   def make(self, j: int) -> dict:
-    index, seed, task = self.indices[j], self.config.seed, self.task
+    index, seed, task = self.indices[j], self.task.world, self.task
     made = phantom.make(seed, index)
-    record = {'name': f'phantom {index}', 'group': j, 'spacing_mm': made.spacing_mm}
-    record |= {'volume': made.hu} if self.name == 'ct' else {'image': phantom.xray(made, seed, index)}
+    record = {'name': f'phantom {index}', 'group': j}
+    record |= ({'volume': made.hu, 'spacing_mm': made.spacing_mm} if self.name == 'ct' else
+               {'image': phantom.xray(made, seed, index)})
     if task.kind == 'cls':
       return record | {'label': np.array([made.labels[c] for c in self.classes], np.float32)}
     if self.name == 'ct':
@@ -96,8 +110,9 @@ class Rows(_Labelled):
   """Rows of data.manifest of one kind and split. All files are checked once at the start.
 
   Raises:
-    DataError: SPLIT_EMPTY, LABEL (a row without one, a class that no row has), MASK_GRID, MASK_VALUE, and those of the
-      readers; with data.on_bad_file='skip' files that cannot be read are left out of the training split alone.
+    DataError: SPLIT_EMPTY, LEAK (a patient, or a file under two names, in two splits), LABEL (a row without one, or
+      with several that exclude each other; a class that no row has), MASK_GRID, MASK_VALUE, and those of the readers;
+      with data.on_bad_file='skip' files that cannot be read are left out of the training split alone.
   """
 
   def __init__(self, name, config, split):
@@ -111,16 +126,18 @@ class Rows(_Labelled):
     field = 'label' if config.task.kind == 'cls' else 'mask'
     if lacking := [r['id'] for r in self.rows if field not in r]:
       raise DataError('LABEL', self.path, f'{len(lacking)} rows of split {split} have no {field}: '
-                      f'{", ".join(lacking[:4])}', f'give them one, or "status": "excluded"')
+                      f'{", ".join(lacking[:4])}', 'give them one, or "status": "excluded"')
     self.classes = tuple(config.task.classes)
     if field == 'label':
       self.classes = self.classes or tuple(sorted({k for r in every for k in r.get('label', ())}))
-      _check_classes(self.path, split, self.classes, self.rows, config.task.exclusive)
+      _check_labels(self.path, split, self.classes, self.rows, config.task.exclusive)
     if not self.classes:
       raise DataError('LABEL', self.path, 'task.classes is empty', 'name the classes of the label maps, 1 first')
+    if split == 'train':      # it comes first
+      _check_twins(self.path, every)
     self._leave_out(split, config.data.on_bad_file)
     super().__init__(name, config, split, [r['group'] for r in self.rows],
-                     [_stratum(r.get('label', {})) for r in self.rows])
+                     [[c for c in self.classes if r.get('label', {}).get(c)] for r in self.rows])
     self._number = {g: k for k, g in enumerate(sorted({r['group'] for r in self.rows}))}
 
   def listing(self) -> list[dict]:
@@ -129,9 +146,14 @@ class Rows(_Labelled):
   def groups(self) -> list[str]:
     return [self.rows[j]['group'] for j in self.chosen]
 
-  def row(self, i: int) -> dict:
-    """The row of the manifest of record i."""
-    return self.rows[self.chosen[i]]
+  def grid(self, i: int):
+    """As Phantoms.grid, of the file."""
+    path = self.rows[self.chosen[i]]['path']
+    if self.name == 'ct':
+      return readers.volume(path)
+    picture = readers.image(path)
+    width, height = picture.meta['size']      # as stored; EXIF may have turned it
+    return (height, width) if (height < width) == (picture.array.shape[0] < picture.array.shape[1]) else (width, height)
 
   def make(self, j: int) -> dict:
     row = self.rows[j]
@@ -143,19 +165,22 @@ class Rows(_Labelled):
         return record | self._label(row)
       mask = self._map(images.labels(row['mask'], picture), row['mask'])
       return record | {'mask': shrunk(mask, picture.array.shape)}
-    found = readers.volume(row['path'], oblique='resample' if self.task.kind == 'cls' else 'refuse')
-    tiles.judge(found, row['path'], self.modality)
-    record |= {'volume': tiles.clipped(found.array), 'spacing_mm': found.spacing_mm}
+    item = readers.of_row(row)
+    found, arrays, intensity, warnings = tiles.opened(item, self.modality)
+    record |= {'volume': np.stack(arrays) if intensity else arrays[0], 'spacing_mm': found[0].spacing_mm, **intensity}
     if self.task.kind == 'cls':
       return self._label(row) | _regridded(record, None, self.task)
-    mask = readers.volume(row['mask'], oblique='refuse')
-    if fault := judgement.mask_grid(mask.meta['grid'], found.meta['grid'], row['mask']):
+    if tilted := [w for w in warnings if w.split()[1] in TILTED]:
+      raise DataError(tilted[0].split()[1], row['path'], 'is tilted: its label map cannot be interpolated',
+                      'resample both on a straight grid')
+    mask = readers.volume(row['mask'], hu=False)
+    if fault := judgement.mask_grid(mask.meta['grid'], found[0].meta['grid'], row['mask']):
       raise fault.error
     return _regridded(record, self._map(mask.array, row['mask']), self.task)
 
   def _label(self, row) -> dict:
-    missing = 0. if self.task.exclusive else UNKNOWN      # a row with a class is not of the other classes
-    return {'label': np.array([row['label'].get(c, missing) for c in self.classes], np.float32)}
+    said = [_said(row, c, self.task.exclusive) for c in self.classes]
+    return {'label': np.array([UNKNOWN if value is None else value for value in said], np.float32)}
 
   def _map(self, mask: np.ndarray, path) -> np.ndarray:
     """Values of a file -> classes: [*S], or [*S, C] where they are not exclusive."""
@@ -168,18 +193,25 @@ class Rows(_Labelled):
       return out if not task.exclusive else np.where(out.any(-1), out.argmax(-1) + 1, 0).astype(np.uint8)
     if (wrong := np.setdiff1d(mask, np.arange(n + 1))).size:
       raise DataError('MASK_VALUE', path, f'holds {", ".join(f"{v:g}" for v in wrong[:6])}, expected 0 to {n} '
-                      f'({", ".join(self.classes)})', 'set task.mask_values (which values each class has) or task.threshold')
+                      f'({", ".join(self.classes)})',
+                      'set task.mask_values (which values each class has) or task.threshold')
     mask = mask.astype(np.uint8)
     return mask if task.exclusive else (mask[..., None] == np.arange(1, n + 1)).astype(np.uint8)
 
+  def _shows(self, mask: np.ndarray, c: int) -> bool:
+    return bool((mask == c + 1 if self.task.exclusive else mask[..., c]).any())
+
   def _leave_out(self, split, on_bad_file) -> None:
     """Reads every file once; headers alone where a picture has no mask."""
+    seen = set()
+
     def one(j):
       try:
         if self.name == 'xray' and self.task.kind == 'cls':
           readers.check_image(readers.item(self.rows[j]['path'], 'image'))
         else:
-          self.make(j)
+          mask = self.make(j).get('mask')
+          seen.update(c for c in range(len(self.classes)) if mask is not None and self._shows(mask, c))
       except DataError as e:
         return e
     self._number = {r['group']: 0 for r in self.rows}
@@ -195,31 +227,64 @@ class Rows(_Labelled):
         else:
           kept.append(row)
     if not kept:
-      raise DataError('SPLIT_EMPTY', self.path, f'{split}: none of {len(self.rows)} files is usable', 'see the lines above')
+      raise DataError('SPLIT_EMPTY', self.path, f'{split}: none of {len(self.rows)} files is usable',
+                      'see the lines above')
+    lost = [c for k, c in enumerate(self.classes) if k not in seen]
+    if self.task.kind == 'seg' and split == 'train' and lost:
+      raise DataError('LABEL', self.path, f'no mask of split {split} shows {", ".join(lost)}',
+                      'correct task.classes, task.mask_values or task.threshold, or the masks')
     self.rows = kept
 
 
-def _check_classes(path, split, classes, rows, exclusive: bool) -> None:
+def _said(row, name: str, exclusive: bool) -> float | None:
+  """1, 0, or None where a row says nothing of a class; a row with a class number is not of the other classes."""
+  return row['label'].get(name, 0 if exclusive or name.startswith('class_') else None)
+
+
+def _check_labels(path, split, classes, rows, exclusive: bool) -> None:
   """Raises DataError LABEL where a split says nothing that can be learned or tested."""
-  seen = {c: {r['label'].get(c, 0. if exclusive else None) for r in rows} - {None} for c in classes}
-  if lost := [c for c in classes if not seen[c]]:
+  said = {r['id']: [_said(r, c, exclusive) for c in classes] for r in rows}
+  if exclusive and (odd := [name for name, values in said.items() if sum(values) != 1]):
+    raise DataError('LABEL', path, f'{len(odd)} rows of split {split} have none or several of the classes '
+                    f'{", ".join(classes)}: {", ".join(odd[:4])}', 'correct task.classes, or set task.exclusive=False')
+  seen = [set(values) - {None} for values in zip(*said.values())]
+  if lost := [c for c, v in zip(classes, seen) if not v or split == 'train' and exclusive and v == {0}]:
     raise DataError('LABEL', path, f'no row of split {split} says anything of class {", ".join(lost)}',
                     'correct task.classes, or the labels')
-  if split != 'test' and all(len(v) < 2 for v in seen.values()):
+  if split != 'test' and all(len(v) < 2 for v in seen):
     raise DataError('LABEL', path, f'split {split} has one class only', 'give it rows of every class')
 
 
-def _stratum(label: dict) -> str:
-  return ' '.join(sorted(k for k, v in label.items() if v))
+def _check_twins(path, rows) -> None:
+  """Raises DataError LEAK where two splits hold the same file; what is alike but not equal is for the doctor."""
+  rows = [r for r in rows if 'split' in r]
+  first = {}
+  if len({r['split'] for r in rows}) > 1:
+    with futures.ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+      for row, sha in zip(rows, pool.map(_sha, rows)):
+        twin = first.setdefault(sha, row) if sha else row
+        if twin['split'] != row['split']:
+          raise DataError('LEAK', path, f'{twin["id"]} ({twin["split"]}) and {row["id"]} ({row["split"]}) are the same '
+                          'file', 'exclude one of them, or put both in one split')
+
+
+def _sha(row) -> str | None:
+  """The content hash of a row; None where there is nothing to read, which `_leave_out` will say."""
+  try:
+    return row.get('sha') or files.sha(readers.item(row['path'], row['kind']).files)
+  except DataError:
+    return None
 
 
 def _regridded(record: dict, mask, task) -> dict:
   """A volume, and its mask if there is one, at task.spacing_mm."""
-  volume, spacing = record['volume'], record['spacing_mm']
-  record['volume'], record['spacing_mm'] = tiles.resampled(volume, spacing, task.spacing_mm)
+  volume, given_mm = record['volume'], record['spacing_mm']
+  parts, (spacing_mm, *_) = zip(*(tiles.resampled(x, given_mm, task.spacing_mm) for x in volume.reshape(
+      -1, *volume.shape[-3:])))
+  record |= {'volume': np.stack(parts) if volume.ndim > 3 else parts[0], 'spacing_mm': spacing_mm}
   if mask is None:
     return record
-  return record | {'mask': shrunk(mask, record['volume'].shape), 'truth': mask, 'truth_mm': spacing}
+  return record | {'mask': shrunk(mask, parts[0].shape), 'truth': mask, 'truth_mm': given_mm}
 
 
 def shrunk(mask: np.ndarray, shape) -> np.ndarray:

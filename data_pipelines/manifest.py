@@ -3,18 +3,20 @@
   {"id": "case-1", "path": "ct/1.nii.gz", "kind": "volume", "label": {"nodule": 1}, "split": "train", "group": "p1"}
 
 Only `path` and `kind` must be there (`id` is the path by default); FIELDS names the others that have a meaning, any
-further one is kept. `path` and `mask` are absolute or relative to the root in the meta file, or without one to the
-manifest; in memory they are ready to open. `label` is a class number, a list of 0/1 or {finding: 0/1}; `group` (by
+further one is kept. `path`, `paths` and `mask` are absolute or relative to the root in the meta file, or without one to
+the manifest; in memory they are ready to open. `label` is a class number, a list of 0/1 or {finding: 0/1}; `group` (by
 default the subject) is what a split must not cut. Excluded rows stay in the list; `usable` leaves them out.
 
 The manifest hash, over (id, sha, status, split) of all rows, tells whether a run may go on with a list; `changes`
 says why not.
 """
+import collections
 import datetime
 import hashlib
 import json
 import math
 import os
+from typing import NamedTuple
 
 from etils import epath
 
@@ -28,6 +30,7 @@ KINDS = ('volume', 'subvolume', 'image', 'pair', 'report')
 SPLITS = ('train', 'val', 'test')
 STATUS = ('ok', 'warn', 'excluded')
 NAME = 'manifest.jsonl'
+READ_BY = {'ct': ('volume', 'subvolume'), 'xray': ('image',)}    # stream -> kinds of rows that it reads
 SHOWN = 8    # names of changed rows of one kind
 
 
@@ -61,6 +64,10 @@ def _texts(value) -> bool:
   return isinstance(value, list) and all(_text(v) for v in value)
 
 
+def _some_texts(value) -> bool:
+  return _texts(value) and bool(value) and all(value)
+
+
 def _record(value) -> bool:
   return isinstance(value, list) and len(value) == 2 and _text(value[0]) and _integer(value[1])
 
@@ -70,6 +77,7 @@ NUMBER, NUMBERS = (_number, 'a finite number'), (_numbers, 'a list of finite num
 FIELDS = {
     'dataset': NAMED, 'subject': NAMED, 'group': NAMED, 'study': NAMED,
     'mask': TEXT,                                   # label map on the grid of the sample
+    'paths': (_some_texts, 'a list of files'),      # of several sequences, on one grid; `path` is the first
     'record': (_record, '[shard file, index]'),     # after preparation
     'shape': COUNTS, 'spacing': NUMBERS, 'orient': TEXT,    # of the source: its axis order, mm, axis codes
     'shape_canon': COUNTS,                                  # [D, H, W] = [S, A, R]
@@ -105,6 +113,8 @@ def check(row: dict, where: str, *, labelled: bool = False, code: str = 'MANIFES
     valid, expected = FIELDS[key]
     if not valid(row[key]):
       raise DataError(code, where, f'{key} is {_short(row[key])}, expected {expected}', 'correct it or leave it out')
+  if row.get('paths', [row['path']])[0] != row['path']:
+    raise DataError(code, where, f'paths begins with {row["paths"][0]}, expected path, {row["path"]}', 'correct it')
   row |= {k: str(row[k]) for k, kind in FIELDS.items() if kind is NAMED and k in row}
   row['id'] = str(row['id'])
   row.setdefault('status', 'ok')
@@ -133,6 +143,11 @@ def subject(row: dict) -> str:
   if 'subject' not in row:
     return row['id']
   return f'{row["dataset"]}/{row["subject"]}' if 'dataset' in row else row['subject']
+
+
+def number(group: str) -> int:
+  """The name of a group as int32, for whom texts are too long."""
+  return int.from_bytes(hashlib.blake2b(str(group).encode(), digest_size=4).digest(), 'big') >> 1
 
 
 def usable(rows) -> list[dict]:
@@ -172,7 +187,7 @@ def read(path, *, labelled: bool = True, root=None, torn: bool = False) -> list[
       if first != row['split'] and not torn:
         raise DataError('LEAK', path, f'group {row["group"]}: {first} and {row["split"]}',
                         'put all rows of a group in one split')
-    rows.append(row | {k: _join(root, row[k]) for k in ('path', 'mask') if k in row})
+    rows.append(_with_paths(row, lambda path: _join(root, path)))
   if not rows:
     raise DataError('MANIFEST', path, 'no rows', 'write one JSON object per line')
   found = digest(rows)
@@ -218,8 +233,53 @@ def _object(text: str, where: str) -> dict:
   return row
 
 
+def _with_paths(row: dict, change) -> dict:
+  """A row with other names of its files."""
+  row = row | {k: change(row[k]) for k in ('path', 'mask') if k in row}
+  return row | ({'paths': [change(p) for p in row['paths']]} if 'paths' in row else {})
+
+
 def _join(root: str, path) -> str:
   return str(path) if '://' in str(path) else os.path.join(root, path)
+
+
+class Listed(NamedTuple):
+  """A manifest that a run trains on; `records`, `digest` and `listing` are those that a stream has, too."""
+  path: str          # of the .jsonl file
+  rows: list[dict]   # all of them
+
+  @property
+  def records(self) -> int:
+    return len(self.rows)
+
+  @property
+  def digest(self) -> str:
+    """The manifest hash."""
+    return digest(self.rows)
+
+  def listing(self) -> list[dict]:
+    return [brief(row) for row in self.rows]
+
+  def training(self, stream: str) -> list[dict]:
+    """The usable rows of split train that a stream ('ct' or 'xray') reads, sorted by id.
+
+    Raises:
+      DataError: SPLIT_EMPTY, saying what there is instead.
+    """
+    mine = [r for r in self.rows if r['kind'] in READ_BY[stream]]
+    found = sorted((r for r in usable(mine) if r.get('split') == 'train'), key=lambda r: r['id'])
+    if not found:
+      others = collections.Counter(r['status'] if r['status'] == 'excluded' else r.get('split', 'without split')
+                                   for r in mine)
+      told = ', '.join(f'{n} {what}' for what, n in sorted(others.items())) or 'none of any split'
+      raise DataError('SPLIT_EMPTY', self.path, f'no usable {READ_BY[stream][0]} in split train ({told})',
+                      f'give it some, or set phases.{stream}=0')
+    return found
+
+
+def load(path) -> Listed:
+  """Reads what data.manifest names: a .jsonl file, or a folder with manifest.jsonl. Raises what `read` raises."""
+  return Listed(_file(path), read(path, labelled=False))
 
 
 # ---- writing
@@ -248,7 +308,7 @@ def write(folder, rows, *, root=None, config: dict | None = None, **more) -> str
   if twice or not rows:
     raise DataError('MANIFEST', folder, f'id "{twice}" occurs twice' if twice else 'no rows',
                     'make ids unique' if twice else 'give it at least one')
-  lines = [_line(row | {k: _relative(row[k], base) for k in ('path', 'mask') if k in row}) for row in rows]
+  lines = [_line(_with_paths(row, lambda path: _relative(path, base))) for row in rows]
   about = {'tool': 'unimiss_jax', 'version': unimiss_jax.__version__,
            'created': datetime.datetime.now(datetime.UTC).isoformat(timespec='seconds'),
            'rows': len(rows), 'hash': digest(rows)}
@@ -305,6 +365,11 @@ def _relative(path: str, base: str) -> str:
 
 
 # ---- comparing
+
+def brief(row: dict) -> dict:
+  """What of a row makes the manifest hash."""
+  return {k: row[k] for k in ('id', 'sha', 'status', 'split') if k in row}
+
 
 def _state(row: dict) -> list:
   return [row['id'], row.get('sha'), row.get('status') or 'ok', row.get('split')]

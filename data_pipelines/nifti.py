@@ -5,16 +5,15 @@ is that of the NIfTI-1 standard (through nibabel); the limits on tilt and shear 
 always decoded to its end: a gzip stream that was cut yields its first slices without any complaint.
 """
 import gzip
-import io
+import itertools
 
 import nibabel as nib
 import numpy as np
 from etils import epath
-from nibabel.arrayproxy import ArrayProxy
+from nibabel.volumeutils import apply_read_scaling
 
-from data_pipelines import volume
+from data_pipelines import files, volume
 from data_pipelines.errors import DataError
-from data_pipelines.files import read_bytes
 from data_pipelines.volume import AIR_HU, Volume, fits_int16
 
 try:
@@ -24,10 +23,11 @@ except ImportError:
 
 SURPLUS = 1 << 20           # bytes behind the last voxel that are passed over
 CHUNK = 1 << 18             # voxels that are scaled at a time
+PIECE = 1 << 22             # bytes that are unpacked at a time
 UNIT_MM = {0: 1., 1: 1e3, 2: 1., 3: 1e-3}    # xyzt_units & 7: unknown, metre, millimetre, micrometre
 
 
-def read(path, *, oblique: str = 'resample', frame: int | tuple[int, ...] | None = None) -> Volume:
+def read(path, *, oblique: str = 'resample', frame: int | tuple[int, ...] | None = None, hu: bool = True) -> Volume:
   """Reads a NIfTI file.
 
   Axis permutation and flips are exact. Volumes whose axes are more than 3 degrees off the patient axes, or
@@ -38,9 +38,10 @@ def read(path, *, oblique: str = 'resample', frame: int | tuple[int, ...] | None
     oblique: 'resample', or 'refuse' to raise for volumes that would need it.
     frame: of a file with more than 3 axes, the index of each further axis, or one number where only one of them
       is longer than 1.
+    hu: values are HU: non-finite voxels become -1024; else 0.
 
   Returns:
-    Volume; values are scaled but not clipped; non-finite voxels become -1024 (see meta['nonfinite']).
+    Volume; values are scaled but not clipped (see meta['nonfinite']).
 
   Raises:
     DataError: UNREADABLE ZERO_BYTES NOT_IMAGE TRUNCATED SURPLUS TOO_LARGE DTYPE_RGB DTYPE_COMPLEX NDIM SPACING
@@ -50,7 +51,7 @@ def read(path, *, oblique: str = 'resample', frame: int | tuple[int, ...] | None
     raise ValueError(f"oblique={oblique!r}: expected 'resample' or 'refuse'")
   try:
     with np.errstate(all='ignore'):
-      return _read(str(path), oblique, frame)
+      return _read(str(path), oblique, frame, hu)
   except DataError:
     raise
   except Exception as e:    # damaged headers reach every corner of a reader; the user gets one line for all of them
@@ -58,20 +59,21 @@ def read(path, *, oblique: str = 'resample', frame: int | tuple[int, ...] | None
                     'copy it again or remove it') from e
 
 
-def _read(path: str, oblique: str, frame) -> Volume:
+def _read(path: str, oblique: str, frame, hu: bool) -> Volume:
   header, data = _load(path)
   shape = _shape(header, path)
   number = _frame(shape, frame, path)
   warnings = []
   warn = lambda code, text: warnings.append(f'WARN {code} {path}: {text}')
   affine = _affine(header, path, warn)
-  array, extremes, nonfinite = _values(header, data, shape, number, path)
+  nothing = AIR_HU if hu else 0
+  array, extremes, nonfinite = _values(header, data, shape, number, nothing, path)
   del data
   if nonfinite:
-    warn('NONFINITE', f'{nonfinite} voxels ({100 * nonfinite / array.size:.2f} %) set to {AIR_HU}')
+    warn('NONFINITE', f'{nonfinite} voxels ({100 * nonfinite / array.size:.2f} %) set to {nothing}')
   meta = {'shape': tuple(int(n) for n in header.get_data_shape()), 'dtype': str(header.get_data_dtype()),
           'range': extremes, 'nonfinite': nonfinite}
-  return volume.settle(array, affine, path, meta, warnings, oblique=oblique)
+  return volume.settle(array, affine, path, meta, warnings, oblique=oblique, hu=hu)
 
 
 def frames(path) -> tuple[int, ...]:
@@ -83,7 +85,7 @@ def frames(path) -> tuple[int, ...]:
     name = parts(path)[0]
     with epath.Path(name).open('rb') as f:
       data = f.read(1 << 16)
-    return _shape(_header(_inflate(data, 1024)[0] if data[:2] == b'\x1f\x8b' else data, name), name)[3:]
+    return _shape(_header(_inflate([data], 1024)[0] if data[:2] == b'\x1f\x8b' else data, name), name)[3:]
   except Exception:    # as many kinds as in `read`
     return ()
 
@@ -168,22 +170,28 @@ def _span(header, path: str) -> tuple[int, int]:
   return int(header.get_data_offset()), int(np.prod(shape, dtype=object)) * header.get_data_dtype().itemsize
 
 
-def _decode(path: str, span) -> bytes:
+def _decode(path: str, span) -> bytearray:
   """The content of a file, unpacked if it is a gzip stream: to its end, checksum included.
 
   Args:
     span: function of the first bytes -> (begin, length) of the voxels. A stream that holds far more is refused, as
       1 MB of it could fill the memory.
   """
-  data = read_bytes(path)
-  if data[:2] != b'\x1f\x8b':
-    return data
-  start, _, fault = _inflate(data[:1 << 16], 1024)
+  stored = files.blocks(path)    # never all of it beside what is unpacked
+  first = next(stored, b'')
+  if not first:
+    raise files.nothing(path)
+  if first[:2] != b'\x1f\x8b':
+    out = bytearray(first)
+    for block in stored:
+      out += block
+    return out
+  start, _, fault = _inflate([first], 1024)
   if fault and len(start) < 352:
     raise DataError('TRUNCATED', path, f'gzip stream is damaged ({fault})', 'copy again')
   begin, length = span(start)
   most = max(begin + length, 0) + SURPLUS
-  out, complete, fault = _inflate(data, most + 1)
+  out, complete, fault = _inflate(itertools.chain([first], stored), most + 1)
   if len(out) > most:
     raise DataError('SURPLUS', path, f'gzip stream holds more than the {begin + length} bytes that its header '
                     'describes', 'export it again or remove it')
@@ -195,32 +203,39 @@ def _decode(path: str, span) -> bytes:
   return out
 
 
-def _inflate(data: bytes, most: int) -> tuple[bytes, bool, str]:
-  """gzip stream (of one or several members) -> (at most `most` bytes of it, whether it came to its end, damage)."""
-  parts, size = [], 0
+def _inflate(blocks, most: int) -> tuple[bytearray, bool, str]:
+  """Blocks of a gzip stream (of one or several members) -> (at most `most` bytes of what they hold, whether it came to
+  its end, damage)."""
+  out, stream = bytearray(), decompressobj(31)    # gzip format
   try:
-    while True:
-      stream = decompressobj(31)    # gzip format
-      parts.append(stream.decompress(data, most - size))
-      size += len(parts[-1])
-      data = stream.unused_data.lstrip(b'\0')    # padding is allowed
-      if not stream.eof or not data or size >= most:
-        return b''.join(parts), stream.eof, ''
+    for data in blocks:
+      while data and len(out) < most:
+        if stream.eof:
+          data = data.lstrip(b'\0')    # padding is allowed
+          stream = decompressobj(31) if data else stream
+        else:
+          out += stream.decompress(data, min(PIECE, most - len(out)))
+          data = stream.unused_data if stream.eof else stream.unconsumed_tail
+      if len(out) >= most:
+        break
+  except DataError:
+    raise
   except Exception as e:    # zlib and isal have their own
-    return b''.join(parts), False, str(e)
+    return out, False, str(e)
+  return out, stream.eof, ''
 
 
-def _header(data: bytes, path: str):
+def _header(data: bytes | bytearray, path: str):
   for size, kind, at in ((348, nib.Nifti1Header, 344), (540, nib.Nifti2Header, 4)):
     for order in '<>':
       if data[:4] == np.array(size, f'{order}i4').tobytes() and data[at:at + 3] in (b'n+1', b'ni1', b'n+2', b'ni2'):
         if len(data) < size:
           raise DataError('TRUNCATED', path, f'{len(data)} bytes, less than a header', 'copy again')
-        header = kind(data[:size], endianness=order, check=False)
+        header = kind(bytes(data[:size]), endianness=order, check=False)
         if data[at:at + 2] == b'n+':    # single file: the voxels cannot start inside the header
           header['vox_offset'] = max(float(header['vox_offset']), size + 4)
         return header
-  raise DataError('NOT_IMAGE', path, f'not a NIfTI file (first bytes {data[:8]!r})', 'remove or convert it')
+  raise DataError('NOT_IMAGE', path, f'not a NIfTI file (first bytes {bytes(data[:8])!r})', 'remove or convert it')
 
 
 # ---- header -> shape, affine
@@ -296,10 +311,11 @@ def _affine(header, path: str, warn) -> np.ndarray:
 
 # ---- voxels
 
-def _values(header, data: bytes, shape, number: int, path: str) -> tuple[np.ndarray, tuple[float, float], int]:
+def _values(header, data: bytearray, shape, number: int, nothing: int, path: str
+            ) -> tuple[np.ndarray, tuple[float, float], int]:
   """-> scaled voxels [i, j, k] (int16 or float32, native byte order), (minimum, maximum) and number of non-finite ones.
 
-  Non-finite voxels are set to -1024 and do not count for the extremes.
+  Non-finite voxels are set to `nothing` and do not count for the extremes. Of `data`, what has been read is given back.
   """
   dtype = header.get_data_dtype()
   if dtype.fields:
@@ -314,24 +330,31 @@ def _values(header, data: bytes, shape, number: int, path: str) -> tuple[np.ndar
   shape = shape[:3]
   offset += number * int(np.prod(shape)) * dtype.itemsize
   slope, inter = (default if v is None else v for v, default in zip(header.get_slope_inter(), (1., 0.)))
-  proxy = ArrayProxy(io.BytesIO(data), (shape, dtype, offset, slope, inter))
+  scaling = np.asanyarray(slope), np.asanyarray(inter)
+  plane = shape[0] * shape[1]
+  stored = lambda k, n: np.frombuffer(data, dtype, n * plane, offset + k * plane * dtype.itemsize).reshape(
+      *shape[:2], n, order='F')
   if dtype.kind in 'iu' and (slope, inter) == (1, 0):
-    array = np.asanyarray(proxy)
+    array = stored(0, shape[2])
     low, high = float(array.min()), float(array.max())
-    return array.astype(np.int16 if fits_int16(low, high) else np.float32, copy=False), (low, high), 0
-  array, whole = np.empty(shape, np.float32, order='F'), True
+    return array.astype(np.int16 if fits_int16(low, high) else np.float32), (low, high), 0
+  array, whole = np.empty(shape, np.int16, order='F'), True    # until a voxel is found that does not fit
   low, high, nonfinite = np.inf, -np.inf, 0
-  step = max(1, CHUNK // (shape[0] * shape[1]))
-  for k in range(0, shape[2], step):    # some slices at a time: nibabel scales in float64
-    part = np.array(proxy[..., k:k + step], np.float32)
+  step = max(1, CHUNK // plane)
+  for k in reversed(range(0, shape[2], step)):    # some slices at a time, the last ones first: see below
+    part = apply_read_scaling(stored(k, min(step, shape[2] - k)), *scaling).astype(np.float32)
     bad = ~np.isfinite(part)
     if bad.any():
       nonfinite += int(np.count_nonzero(bad))
-      part[bad] = AIR_HU
+      part[bad] = nothing
     low = min(low, float(part.min(where=~bad, initial=np.inf)))
     high = max(high, float(part.max(where=~bad, initial=-np.inf)))
-    whole = whole and np.array_equal(part, np.rint(part))
+    if whole and not (np.array_equal(part, np.rint(part)) and fits_int16(part.min(), part.max())):
+      before, array, whole = array, np.empty(shape, np.float32, order='F'), False
+      array[..., k + step:] = before[..., k + step:]
+      del before
     array[..., k:k + step] = part
+    del data[offset + k * plane * dtype.itemsize:]    # float64 is large beside what it becomes
   if nonfinite == array.size:
-    low = high = float(AIR_HU)
-  return array.astype(np.int16) if whole and fits_int16(low, high) else array, (low, high), nonfinite
+    low = high = float(nothing)
+  return array, (low, high), nonfinite

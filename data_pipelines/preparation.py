@@ -27,15 +27,19 @@ class Config(NamedTuple):
   """What decides the content of the records.
 
   Attributes:
-    modality: 'ct' refuses values that are not HU.
+    modality: 'ct' refuses values that are not HU; 'mr' and 'other' store z-scores (intensities.py).
     spacing_mm: (z, y, x) to resample to, box mean where it gets coarser, linear where it gets finer; 0 = as it is.
     tile: slices of a record; 0 = the whole volume.
     compress: of voxels, a key of records.OPTIONS.
+    sequences: ends of the names of what belongs together (sequences.py).
+    resample_gaps: whether missing DICOM slices are interpolated.
   """
   modality: str = 'ct'
   spacing_mm: tuple = (0., 0., 0.)
   tile: int = tiles.TILE
   compress: str = 'none'
+  sequences: tuple = ()
+  resample_gaps: bool = False
 
 
 class Unit(NamedTuple):
@@ -57,8 +61,8 @@ def shard_of(volume_id: str, shards: int) -> int:
 
 # ---- one file: pure
 
-def ct_records(row: dict, item: readers.Item, config: Config) -> tuple[dict, list[dict], tiles.Scan]:
-  """A volume of the manifest -> (record of 'whole', records of 'ct', the scan).
+def ct_records(row: dict, item: readers.Item, config: Config) -> tuple[dict | None, list[dict], tiles.Scan]:
+  """A volume of the manifest -> (record of 'whole', of CT alone; records of 'ct'; the scan).
 
   Args:
     row: of the manifest; reads id, group, label.
@@ -68,14 +72,18 @@ def ct_records(row: dict, item: readers.Item, config: Config) -> tuple[dict, lis
   Raises:
     DataError: the file cannot be used.
   """
-  scan = tiles.read(item, config.modality, True, config.spacing_mm, config.tile)
+  hu = config.modality == 'ct'
+  scan = tiles.read(item, config.modality, hu, config.spacing_mm, config.tile, config.resample_gaps)
   common = {'group': row['group'], 'label': json.dumps(row.get('label') or {}, sort_keys=True)}
-  whole = common | {'id': row['id'], 'volume': scan.whole, 'spacing_mm': np.float32(scan.whole_spacing_mm)}
+  whole = None
+  if hu:
+    whole = common | {'id': row['id'], 'volume': scan.whole, 'spacing_mm': np.float32(scan.whole_spacing_mm)}
   cuts = []
-  for z0 in tiles.starts(len(scan.volume), config.tile):
+  for z0 in tiles.starts(scan.volume.shape[-3], config.tile):
     tile = tiles.cut(scan, z0, config.tile)
-    cuts.append(common | {'id': f'{row["id"]} z{z0}', 'volume_id': row['id'], 'z0': z0, 'volume': tile['volume'],
-                          'spacing_mm': np.float32(tile['spacing_mm'])})
+    cuts.append(common | scan.intensity | {
+        'id': f'{row["id"]} z{z0}', 'volume_id': row['id'], 'z0': z0, 'volume': tile['volume'],
+        'spacing_mm': np.float32(tile['spacing_mm'])})
   return whole, cuts, scan
 
 
@@ -100,32 +108,38 @@ def make_shard(out: str, unit: Unit, rows: list[dict], config: Config) -> None:
     config: see Config.
   """
   done, place = [], {}
-  kinds = ('ct', 'whole') if unit.kind == 'ct' else ('xray',)
-  writers = {k: records.Writer(records.folder(out, k) / records.shard_name(k, unit.split, unit.shard, unit.shards), k,
-                               config.compress) for k in kinds}
+  kinds = ('ct', 'whole') if unit.kind == 'ct' and config.modality == 'ct' else (unit.kind,)
+  writers = {k: records.Writer(file_of(out, k, unit), k, config.compress, config.modality) for k in kinds}
   for row in rows:
-    try:
-      item = readers.item(row['path'], row['kind'])
-      row = row | {'sha': row.get('sha') or files.sha(item.files)}
-      made = _records(row, item, unit.kind, config)
-    except Exception as e:      # one file must not end the work of days
-      e = e if isinstance(e, DataError) else DataError('READER', row['path'], f'{type(e).__name__}: {e}', 'report it')
-      files.warn(e, 'left out')
-      done.append(row | {'status': 'excluded', 'findings': [e.code], 'reason': f'{e.reason}. FIX: {e.remedy}'})
-      made = []
+    made, lost = _tried(row, unit.kind, config)
+    done += lost
+    record = None
     for kind, record, entry in made:
       if entry:
         place[entry['id']] = writers[kind].count
         done.append(entry)
-      if kind == 'ct':
+      if 'whole' in writers and kind == 'ct':
         record['whole'] = writers['whole'].count
       writers[kind].write(record)
+    del made, record      # two files at a time would be too much
   shard = records.shard_name(unit.kind, unit.split, unit.shard, unit.shards)
   for entry in done:
     if entry['id'] in place:
       entry['record'] = [shard, place[entry['id']]]
   written = {k: w.close() for k, w in writers.items()}
   _write(epath.Path(out) / JOURNAL / f'{unit.name}.json', {'written': written, 'rows': done})
+
+
+def _tried(row, kind, config) -> tuple[list, list]:
+  """-> (what `_records` gives, []), or ([], [the row as excluded])."""
+  try:
+    item = readers.of_row(row)
+    row = row | {'sha': readers.sha(item, row.get('sha'))}
+    return _records(row, item, kind, config), []
+  except Exception as e:      # one file must not end the work of days
+    e = e if isinstance(e, DataError) else DataError('READER', row['path'], f'{type(e).__name__}: {e}', 'report it')
+    files.warn(e, 'left out')
+    return [], [excluded(row, e)]
 
 
 def _records(row, item, kind, config) -> list:
@@ -137,17 +151,22 @@ def _records(row, item, kind, config) -> list:
   out = []
   for cut in cuts:
     low = [cut['z0'] + scan.corner[0], *scan.corner[1:]]
-    shape = cut['volume'].shape
+    shape = cut['volume'].shape[-3:]
     out.append(('ct', cut, _row(row, cut, 'subvolume', scan.warnings) | {
         'volume_id': row['id'], 'z0': cut['z0'], 'shape': list(shape), 'spacing': [float(s) for s in cut['spacing_mm']],
         'crop_box': [*low, *(a + n for a, n in zip(low, shape))],      # in voxels of the whole scan at this spacing
         'z_offset_mm': float(low[0] * cut['spacing_mm'][0])}))
-  return [*out, ('whole', whole, None)]
+  return out + [('whole', whole, None)] * bool(whole)
 
 
 def _row(row: dict, record: dict, kind: str, warnings: list[str]) -> dict:
   return row | {'id': record['id'], 'kind': kind, 'status': 'warn' if warnings else row.get('status', 'ok'),
                 'findings': sorted({*row.get('findings', ()), *(w.split()[1] for w in warnings)})}
+
+
+def excluded(row: dict, e: DataError) -> dict:
+  """The row of a sample that cannot be used."""
+  return row | {'status': 'excluded', 'findings': [e.code], 'reason': f'{e.reason}. FIX: {e.remedy}'}
 
 
 def _write(path, tree) -> None:
@@ -178,16 +197,22 @@ def plan(rows: list[dict], out, config: Config, shards: int = 0) -> dict:
   other = collections.Counter(r['kind'] for r in rows if r['kind'] not in KINDS)
   if other:
     files.say(f'{out}: {", ".join(f"{n} rows of kind {k}" for k, n in other.items())} are not prepared')
-  rows = sorted(({'bytes': _size(r['path'])} | r for r in rows if r['kind'] in KINDS), key=lambda r: r['id'])
+  rows = sorted(({'bytes': sum(map(_size, r.get('paths') or [r['path']]))} | r for r in rows if r['kind'] in KINDS),
+                key=lambda r: r['id'])
   if twice := next((a['id'] for a, b in zip(rows, rows[1:]) if a['id'] == b['id']), None):
     raise DataError('PLAN', out, f'two files are called {twice}', 'prepare each source with a --dataset of its own')
+  counts = collections.Counter(len(r.get('paths') or [r['path']]) for r in manifest.usable(rows)
+                               if r['kind'] == 'volume')
+  if len(counts) > 1:
+    raise DataError('SEQUENCES', out, 'some scans have ' + ', some '.join(f'{n} ({counts[n]})' for n in sorted(counts))
+                    + ' sequences', 'prepare them apart')
   counts = {kind: {s: n for s in records.SPLITS if (n := sum(r['split'] == s for r in manifest.usable(rows)
                                                              if r['kind'] == sort))} for sort, kind in KINDS.items()}
   counts = {kind: splits for kind, splits in counts.items() if splits}
   if not counts:
     raise DataError('EMPTY_DIR', out, 'every file is excluded', 'see what the doctor says of them')
-  made = {'config': config._asdict() | {'spacing_mm': list(config.spacing_mm)}, 'digest': manifest.digest(_seen(rows)),
-          'shards': {}, 'asked': shards, 'rows': rows}
+  as_json = {k: list(v) if isinstance(v, tuple) else v for k, v in config._asdict().items()}
+  made = {'config': as_json, 'digest': manifest.digest(_seen(rows)), 'shards': {}, 'asked': shards, 'rows': rows}
   for sort, kind in KINDS.items():
     if kind in counts:
       most, size = max(counts[kind].values()), sum(r['bytes'] for r in rows if r['kind'] == sort)
@@ -282,7 +307,8 @@ def merge(out, verify: bool = False) -> list[dict]:
     raise DataError('SPLIT_EMPTY', out, f'none of {len(rows)} files could be used',
                     'see the lines above, or the doctor')
   for kind in lengths:
-    records.finish(out, kind, lengths[kind], sizes[kind], f'{kind} of {len(made["rows"])} files')
+    records.finish(out, kind, lengths[kind], sizes[kind], f'{kind} of {len(made["rows"])} files',
+                   made['config']['modality'])
   manifest.write(out, rows, config=made['config'], shards=hashes)
   for stale in pathlib.Path(out).rglob('*.part'):      # of processes that were killed
     stale.unlink(missing_ok=True)

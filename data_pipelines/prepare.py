@@ -12,7 +12,18 @@ import collections
 import os
 import sys
 
-from data_pipelines import engines, importers, judgement, manifest, preparation, records, splits, tiles
+from data_pipelines import (
+  engines,
+  files,
+  importers,
+  judgement,
+  manifest,
+  preparation,
+  records,
+  sequences,
+  splits,
+  tiles,
+)
 from data_pipelines.command import Parser, fail
 from data_pipelines.errors import DataError
 
@@ -25,7 +36,10 @@ def main(argv=None) -> int:
   p.add_argument('source', nargs='*', help='folders, lists, or a manifest of the doctor')
   p.add_argument('--out', required=True, help='folder to write')
   p.add_argument('--workers', type=int, default=os.cpu_count() or 1, help='processes; 0 = this one')
-  p.add_argument('--modality', default='ct', choices=('ct', 'other'), help='ct refuses values that are not HU')
+  p.add_argument('--modality', default='ct', choices=judgement.MODALITIES, help='ct refuses values that are not HU; mr '
+                 'and other are stored as z-scores')
+  p.add_argument('--sequences', default='', help=sequences.FLAG)
+  p.add_argument('--resample_gaps', action='store_true', help='interpolate missing slices of DICOM series')
   p.add_argument('--spacing', type=_numbers, default=(0., 0., 0.), help='z,y,x in mm to resample to; 0 = as it is')
   p.add_argument('--tile', type=int, default=tiles.TILE, help='slices of a record; 0 = whole volumes')
   p.add_argument('--compress', default='none', choices=tuple(records.OPTIONS), help='zstd: smaller and slower to read')
@@ -55,8 +69,9 @@ def main(argv=None) -> int:
     p.error('--spacing: three numbers, z,y,x')
   try:
     if not f.merge:
-      config = preparation.Config(f.modality, f.spacing, f.tile, f.compress)
-      rows = listed(f)
+      ends = sequences.parse(f.sequences)
+      config = preparation.Config(f.modality, f.spacing, f.tile, f.compress, ends, f.resample_gaps)
+      rows = listed(f, ends)
       with engines.writing(f.out):
         made = preparation.plan(rows, f.out, config, f.num_shards)
       jobs = engines.todo(f.out, made, f.shard_index)
@@ -75,11 +90,19 @@ def main(argv=None) -> int:
   return 0
 
 
-def listed(f) -> list[dict]:
-  """The rows of all sources, grouped and split."""
+def listed(f, ends: tuple[str, ...]) -> list[dict]:
+  """The rows of all sources, sequences joined, grouped and split."""
   rows = []
   for source in f.source:
     rows += importers.rows(source, subject_from=f.subject_from, dataset=f.dataset)
+  if ends:
+    found, ignored = sequences.of_rows(rows, ends)
+    rows = [preparation.excluded(row, fault) if fault else row for row, fault in found]
+    for _, fault in found:
+      if fault:
+        files.warn(fault, 'left out')
+    if ignored:
+      files.say(f'ignored: {ignored}')
   return splits.assign(splits.groups(rows, group_by=f.group_by), f.split, f.seed, f.override)
 
 

@@ -32,31 +32,43 @@ class _Prepared:
   """Records of one kind and split; one that cannot be read is replaced by the next good one."""
   kind = leaf = ''
 
-  def __init__(self, root: str, *, split='train', on_bad_file='skip'):
+  def __init__(self, root: str, *, split='train', on_bad_file='skip', rows=None):
     self.root, self.split, self.on_bad_file = root, split, on_bad_file
     self.shards = records.Shards(root, self.kind, split)
     self.failed = {}
     self.about = manifest.meta(root)
     if not isinstance(self.about.get('shards'), dict):
       raise DataError('SHARDS', root, 'no manifest beside the shards', 'run prepare --merge')
-    files.say(f'{self.leaf}: {len(self.shards)} records of {len(self.shards.lengths)} shards in {root} ({split})')
-    if not len(self.shards):
+    # Which records of the shards these are, in the order of the shards.
+    self.rows = rows and [manifest.brief(row) for row in rows]
+    self.which = np.array(range(len(self.shards)) if rows is None else sorted(map(self._number, rows)), np.int64)
+    leaf = self.leaf if rows is None else f'data.manifest, {self.kind}'
+    files.say(f'{leaf}: {len(self)} records of {len(self.shards.lengths)} shards in {root} ({split})')
+    if not len(self):
       raise DataError('SPLIT_EMPTY', root, f'no records of {self.kind} in split {split}',
                       'prepare it with such a split')
 
   def __len__(self):
-    return len(self.shards)
+    return len(self.which)
+
+  def _number(self, row: dict) -> int:
+    try:
+      return self.shards.number(*row['record'])
+    except KeyError as e:
+      raise DataError('MANIFEST', self.root, f'{row["id"]} is said to be {row.get("record", "in no shard")}, which is '
+                      f'no record of {self.kind} in split {self.split}', 'prepare the files anew') from e
 
   @functools.cached_property
   def digest(self) -> str:
-    """Of the content and order of all shards of the split: what decides which record an index is."""
+    """Of the content and order of all shards of the split, and of the choice: what decides which record an index is."""
     mine = sorted((k, v) for k, v in self.about['shards'].items() if f'-{self.split}.' in k)
-    return hashlib.blake2b(json.dumps(mine).encode(), digest_size=8).hexdigest()
+    return hashlib.blake2b(json.dumps(mine).encode() + self.which.tobytes(), digest_size=8).hexdigest()
 
   def listing(self) -> list[dict]:
     """Its rows of the manifest, as far as they make its hash."""
-    rows = manifest.usable(manifest.read(self.root, labelled=False))
-    return [{k: r[k] for k in ('id', 'sha', 'status', 'split') if k in r} for r in rows if 'record' in r
+    if self.rows is not None:
+      return self.rows
+    return [manifest.brief(r) for r in manifest.usable(manifest.read(self.root, labelled=False)) if 'record' in r
             and r['record'][0].startswith(f'{self.kind}-{self.split}.')]
 
   def __getitem__(self, i: int) -> dict:
@@ -74,7 +86,7 @@ class _Prepared:
 
   def labels(self, i: int) -> dict:
     """{finding: 0 or 1} of record i."""
-    return json.loads(self.shards[i]['label'])
+    return json.loads(self.shards[int(self.which[i])]['label'])
 
 
 class PreparedCT(_Prepared):
@@ -84,13 +96,17 @@ class PreparedCT(_Prepared):
     root: the folder that prepare made.
     modality: of the run; another one is refused.
     split: 'train', 'val' or 'test'.
-    whole: records carry the reduced copy of their volume.
+    whole: records carry the reduced copy of their volume; of CT alone.
     on_bad_file: 'skip' or 'stop', as CTFolder's.
+    rows: of a manifest of that folder: only the records that they name.
+
+  Raises:
+    DataError: SHARDS, SPLIT_EMPTY, MODALITY; MANIFEST (a row names no record of the split).
   """
   kind, leaf = 'ct', 'data.ct'
 
-  def __init__(self, root, *, modality='ct', split='train', whole=False, on_bad_file='skip'):
-    super().__init__(root, split=split, on_bad_file=on_bad_file)
+  def __init__(self, root, *, modality='ct', split='train', whole=False, on_bad_file='skip', rows=None):
+    super().__init__(root, split=split, on_bad_file=on_bad_file, rows=rows)
     made_for = self.about.get('config', {}).get('modality', modality)
     if made_for != modality:
       raise DataError('MODALITY', root, f'was prepared with --modality={made_for}, the run has data.modality='
@@ -98,11 +114,14 @@ class PreparedCT(_Prepared):
     self.wholes = records.Shards(root, 'whole', split) if whole else None
 
   def read(self, i: int) -> dict:
-    found = self.shards[i]
-    record = {'volume': found['volume'], 'spacing_mm': _mm(found), 'group': _number(found['group']),
+    shard, place = self.shards.place(int(self.which[i]))
+    found = self.shards.at(shard, place)
+    record = {'volume': found['volume'], 'spacing_mm': _mm(found), 'group': manifest.number(found['group']),
               'name': found['id']}
+    if 'pad' in found:
+      record |= {name: found[name] for name in ('scale', 'offset', 'pad')}
     if self.wholes:
-      whole = self.wholes.at(self.shards.place(i)[0], int(found['whole']))
+      whole = self.wholes.at(shard, int(found['whole']))
       record |= {'whole': whole['volume'], 'whole_spacing_mm': _mm(whole)}
     return record
 
@@ -112,9 +131,9 @@ class PreparedXray(_Prepared):
   kind, leaf = 'xray', 'data.xray'
 
   def read(self, i: int) -> dict:
-    found = self.shards[i]
+    found = self.shards[int(self.which[i])]
     image = found['image'] if found['bits'] == 16 else (found['image'] // records.SCALE_8BIT).astype(np.uint8)
-    return {'image': image, 'group': _number(found['group']), 'name': found['id']}
+    return {'image': image, 'group': manifest.number(found['group']), 'name': found['id']}
 
 
 class Mixture:
@@ -147,13 +166,8 @@ class Mixture:
     if (turn + 1) * len(self.parts[k]) > self._times[k]:      # a part of a pass: not the first patients once more
       j = int(self._mixed[k][j])
     record = self.parts[k][j]
-    return record | {'index': self._first[k] + record['index'], 'group': _number(f'{k} {record["group"]}')}
+    return record | {'index': self._first[k] + record['index'], 'group': manifest.number(f'{k} {record["group"]}')}
 
 
 def _mm(record) -> tuple[float, float, float]:
   return tuple(float(s) for s in record['spacing_mm'])
-
-
-def _number(group: str) -> int:
-  """A patient's name as int32."""
-  return int.from_bytes(hashlib.blake2b(str(group).encode(), digest_size=4).digest(), 'big') >> 1

@@ -4,6 +4,7 @@ NIfTI files and pictures are known by the ends of their names, DICOM by its cont
 these.
 """
 import collections
+import hashlib
 import os
 from concurrent import futures
 from typing import NamedTuple
@@ -28,11 +29,13 @@ class Item(NamedTuple):
     kind: 'volume' or 'image'.
     format: 'nifti', 'dicom' or 'image' (PNG, JPEG).
     files: all files that it is made of.
+    further: items of its other sequences, see sequences.py.
   """
   path: str
   kind: str
   format: str
   files: tuple[str, ...]
+  further: tuple = ()
 
 
 class Found(NamedTuple):
@@ -110,21 +113,45 @@ def item(path, kind: str, format: str = 'auto') -> Item:
   return Item(path, kind, BY_NAME[kind], (path,))
 
 
-def volume(source, *, oblique: str = 'resample', frame=None) -> Volume:
-  """The volume of an Item, or of a path.
+def of_row(row: dict, format: str = 'auto') -> Item:
+  """The sample of a row of the manifest, with all sequences that its `paths` name. Raises what `item` raises."""
+  first, *further = (item(path, row['kind'], format) for path in row.get('paths') or [row['path']])
+  return first._replace(further=tuple(further))
+
+
+def sha(sample: Item, said: str | None = None) -> str:
+  """The content hash of a sample; of several sequences the order counts.
+
+  Raises:
+    DataError: UNREADABLE; CHANGED, if a manifest said another one.
+  """
+  if not sample.further:
+    found = files.sha(sample.files)
+  else:
+    each = [f'{files.sha(s.files)} {_one_of(s.path)[1]}' for s in (sample, *sample.further)]
+    found = hashlib.blake2b('\n'.join(each).encode(), digest_size=16).hexdigest()
+  if said not in (None, found):
+    raise DataError('CHANGED', sample.path, f'its content has the hash {found}, the manifest says {said}',
+                    'bring the file back, or let the doctor write the manifest anew')
+  return found
+
+
+def volume(source, *, oblique: str = 'resample', frame=None, hu: bool = True, resample_gaps: bool = False) -> Volume:
+  """The volume of an Item (of several sequences the first one), or of a path.
 
   Args:
     source: Item, or what `item` takes.
-    oblique, frame: as of nifti.read.
+    oblique, frame, hu: as of nifti.read.
+    resample_gaps: as of dicom.read.
 
   Raises:
     DataError: those of item, nifti.read and dicom.read.
   """
   source = source if isinstance(source, Item) else item(source, 'volume')
   if source.format == 'dicom':
-    return dicom.read(dicom.Series(source.path, '', source.files), oblique=oblique)
+    return dicom.read(dicom.Series(source.path, '', source.files), oblique=oblique, hu=hu, resample_gaps=resample_gaps)
   path, number = _one_of(source.path)
-  return nifti.read(path, oblique=oblique, frame=frame if number is None else number)
+  return nifti.read(path, oblique=oblique, frame=frame if number is None else number, hu=hu)
 
 
 def image(source) -> images.Radiograph:
@@ -156,6 +183,11 @@ def _known(kind: str, format: str) -> None:
   for value, known in ((kind, BY_NAME), (format, FORMATS)):
     if value not in known:
       raise ValueError(f'{value!r}: expected one of {", ".join(known)}')
+
+
+def stem(path: str) -> str:
+  """The path without the end that tells its format: 'a/x.nii.gz' -> 'a/x'."""
+  return path[:len(path) - len(_by_name(path)[0])]
 
 
 def _by_name(path: str) -> tuple[str, str]:

@@ -1,7 +1,7 @@
 """Shards of prepared records: ArrayRecord files in the layout of tensorflow_datasets, without TensorFlow.
 
 A prepared folder holds up to three data sets, each readable by `tfds.builder_from_directory(FOLDER/<kind>/1.0.0)`:
-  ct     tiles of CT volumes
+  ct     tiles of volumes: of CT in HU, of other modalities as intensities.py stores them
   whole  every CT volume once more as a whole, reduced to about 3 mm, for frontal DRR
   xray   radiographs
 Records are written one per group, so that any of them is one read; voxels are stored as they lie in memory (unpacking
@@ -31,16 +31,18 @@ OPTIONS = {'none': 'group_size:1,uncompressed', 'zstd': 'group_size:1,zstd:3'}
 SCALE_8BIT = 257      # 255 * 257 = 65535: an 8-bit picture as 16 bit, and back, exactly
 
 
-def features(kind: str):
+def features(kind: str, modality: str = 'ct'):
   """The tfds.features.FeaturesDict of a kind."""
   from tensorflow_datasets import features as f  # late: a second of import
   text, number = f.Text(), lambda dtype, *shape: f.Tensor(shape=shape, dtype=dtype)
   common = {'id': text, 'group': text, 'label': text}
-  volume = f.Tensor(shape=(None, None, None), dtype=np.int16, encoding='bytes')
+  volume = lambda rank: f.Tensor(shape=(None,) * rank, dtype=np.int16, encoding='bytes')
+  tile = {'spacing_mm': number(np.float32, 3), 'volume_id': text, 'z0': number(np.int32)}
+  scales = {name: number(np.float32, None) for name in ('scale', 'offset', 'pad')}
   return f.FeaturesDict({
-      'ct': common | {'volume': volume, 'spacing_mm': number(np.float32, 3), 'volume_id': text, 'z0': number(np.int32),
-                      'whole': number(np.int32)},
-      'whole': common | {'volume': volume, 'spacing_mm': number(np.float32, 3)},
+      'ct': common | tile | ({'volume': volume(3), 'whole': number(np.int32)} if modality == 'ct' else
+                             {'volume': volume(4), **scales}),
+      'whole': common | {'volume': volume(3), 'spacing_mm': number(np.float32, 3)},
       'xray': common | {'image': f.Tensor(shape=(None, None), dtype=np.uint16, encoding='zlib'),
                         'bits': number(np.int32), 'view': text},
   }[kind])
@@ -60,17 +62,17 @@ class Writer:
 
   Args:
     path: of the finished file.
-    kind: of its records.
+    kind, modality: of its records.
     compress: a key of OPTIONS.
   """
 
-  def __init__(self, path, kind: str, compress: str = 'none'):
+  def __init__(self, path, kind: str, compress: str = 'none', modality: str = 'ct'):
     from array_record.python import array_record_module
     from tensorflow_datasets.core import example_serializer
     self.path = epath.Path(path)
     self.path.parent.mkdir(parents=True, exist_ok=True)
     self.part = part(self.path)
-    self._features = features(kind)
+    self._features = features(kind, modality)
     self._encode = example_serializer.ExampleSerializer(self._features.get_serialized_info()).get_tf_example
     self._writer = array_record_module.ArrayRecordWriter(os.fspath(self.part), OPTIONS[compress])
     self._hash = hashlib.blake2b(digest_size=16)
@@ -121,7 +123,7 @@ def digest(path, count: int) -> str:
   return found.hexdigest()
 
 
-def finish(root, kind: str, lengths: dict, sizes: dict, description: str) -> None:
+def finish(root, kind: str, lengths: dict, sizes: dict, description: str, modality: str = 'ct') -> None:
   """Writes what makes a folder of shards a data set of tensorflow_datasets.
 
   Args:
@@ -130,6 +132,7 @@ def finish(root, kind: str, lengths: dict, sizes: dict, description: str) -> Non
     lengths: {split: [records of each shard]}.
     sizes: {split: bytes of all records}.
     description: one line.
+    modality: of the volumes.
   """
   import tensorflow_datasets as tfds
   where = os.fspath(folder(root, kind))
@@ -137,7 +140,7 @@ def finish(root, kind: str, lengths: dict, sizes: dict, description: str) -> Non
                                            template='{DATASET}-{SPLIT}.{FILEFORMAT}-{SHARD_X_OF_Y}')
   splits = [tfds.core.SplitInfo(name=split, shard_lengths=lengths[split], num_bytes=sizes[split],
                                 filename_template=template) for split in SPLITS if split in lengths]
-  tfds.folder_dataset.write_metadata(data_dir=where, features=features(kind), split_infos=splits,
+  tfds.folder_dataset.write_metadata(data_dir=where, features=features(kind, modality), split_infos=splits,
                                      filename_template=template, description=description, check_data=False)
 
 
@@ -235,6 +238,7 @@ class Shards:
     if lost := [f for f, n in zip(self.files, self.lengths) if n and not epath.Path(f).exists()]:
       raise DataError('SHARDS', lost[0], f'{len(lost)} of {len(self.files)} shards are not there',
                       'copy them again, or prepare the folder again')
+    self._names = {os.path.basename(f): i for i, f in enumerate(self.files)}
     self._starts = np.cumsum([0, *self.lengths]).tolist()
     self._lock, self._readers = threading.Lock(), {}
 
@@ -259,6 +263,17 @@ class Shards:
     shard = bisect.bisect_right(self._starts, i) - 1
     return shard, i - self._starts[shard]
 
+  def number(self, file: str, i: int) -> int:
+    """Number of record i of the shard of this name, as the manifest has them: the way back of `place`.
+
+    Raises:
+      KeyError: there is no such record.
+    """
+    shard = self._names[file]
+    if not 0 <= i < self.lengths[shard]:
+      raise KeyError(i)
+    return self._starts[shard] + i
+
   def at(self, shard: int, i: int) -> dict:
     """Record i of one shard."""
     try:
@@ -271,6 +286,7 @@ class Shards:
     except Exception as e:      # the reader of array_record raises plain exceptions
       raise DataError('RECORD', f'{self.files[shard]} record {i}', f'{type(e).__name__}: {e}'[:200],
                       'copy the shard again, or prepare the folder again') from e
+
   def _reader(self, shard: int, anew: bool = False):
     with self._lock:
       if anew:

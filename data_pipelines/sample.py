@@ -21,25 +21,40 @@ def needs_drr(config) -> bool:
 
 
 def ct_sample(record: dict, params: dict, config, drr: bool = True) -> dict:
-  """CT views and DRR views of one CT record.
+  """CT views and DRR views of one CT record; the views of a record of another modality.
 
   Args:
     record: `volume` [D, H, W] HU, axes [S, A, R], `spacing_mm` (z, y, x); with drr.scope='volume' also
-      `whole` and `whole_spacing_mm`.
+      `whole` and `whole_spacing_mm`. Of another modality `volume` [C, D, H, W] and `pad` [C], see intensities.py.
     params: as `draw.ct_pair` or `draw.ct_centre` make them.
     config: the run config.
-    drr: False leaves the DRR views out.
+    drr: False leaves the DRR views out; of another modality there are none.
 
   Returns:
-    {'ct': `[V, D, H, W, 1]` float32, HU / 1024 after augmentation, 'drr': `[V, h, w, 3]` float32 in [0, 1]}.
+    {'ct': `[V, D, H, W, C]` float32, HU / 1024 or z-scores, after augmentation, 'drr': `[V, h, w, 3]` float32 in
+    [0, 1]}. The sequences of a record share their draws; only the noise of each is its own.
   """
-  ct = np.stack([volume.view(record['volume'], p, config.views.ct) for p in each(params['ct'])])
-  if not drr:
-    return {'ct': ct[..., None]}
+  ct = volumes(record, params['ct'], config)
+  if 'drr' not in params or not drr:
+    return {'ct': ct}
   hu, spacing = ((record['whole'], record['whole_spacing_mm']) if config.drr.scope == 'volume' else
                  (record['volume'], record['spacing_mm']))
   render = importlib.import_module(RADIOGRAPHS[config.drr.image]).radiographs
-  return {'ct': ct[..., None], 'drr': _rgb(render(hu, spacing, each(params['drr']), config))}
+  return {'ct': ct, 'drr': _rgb(render(hu, spacing, each(params['drr']), config))}
+
+
+def volumes(record: dict, params: dict, config) -> np.ndarray:
+  """CT views [V, D, H, W, C] float32 of one record; `params`: the views, as 'ct' of `draw.ct_pair`."""
+  sequences, pads = (record['volume'], record['pad']) if 'pad' in record else ([record['volume']], [None])
+  return np.stack([np.stack([volume.view(x, p | {'noise_key': p['noise_key'] + np.uint32(c)}, config.views.ct, pad)
+                             for c, (x, pad) in enumerate(zip(sequences, pads))], -1) for p in each(params)])
+
+
+def sizes(record) -> tuple:
+  """Shape and spacing of a CT record, and of the whole scan where it carries that."""
+  whole = record.get('whole')
+  rest = () if whole is None else (whole.shape, record['whole_spacing_mm'])
+  return (record['volume'].shape[-3:], record['spacing_mm'], *rest)
 
 
 def radiographs(hu, spacing_mm, params, config) -> list:

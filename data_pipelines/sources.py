@@ -1,9 +1,10 @@
 """Random access to training records: a source has a length, and source[i] gives record i, always the same.
 
 CT record: volume int16 [D, H, W] = [S, A, R] HU, spacing_mm (z, y, x), index, name, bad; with whole=True also
-whole (the whole scan, reduced to about 3 mm) and whole_spacing_mm. X-ray record: image uint8 or uint16 [H, W],
-index, group, name, bad. Records of one scan share their group. `bad`: the file of record `index` failed after the
-start, and this is the next good one.
+whole (the whole scan, reduced to about 3 mm) and whole_spacing_mm. Of data.modality=mr or other: volume int16
+[C, D, H, W] of C sequences, with their scale, offset and pad float32 [C] (intensities.py). X-ray record: image uint8
+or uint16 [H, W], index, group, name, bad. Records of one scan share their group. `bad`: the file of record `index`
+failed after the start, and this is the next good one.
 Decoded files stay in a bounded cache.
 """
 import collections
@@ -15,7 +16,7 @@ from concurrent import futures
 
 import numpy as np
 
-from data_pipelines import files, phantom, readers, tiles
+from data_pipelines import files, manifest, phantom, readers, sequences, tiles
 from data_pipelines.errors import DataError
 
 SHOWN = 3                # warnings of one kind; further ones are only counted
@@ -158,31 +159,39 @@ def _indices(part: str, records: int) -> range:
   return known[:records]
 
 
-# ---- folders
+# ---- files
 
 class _Folder:
-  """Samples of a folder, checked once at the start; one that fails later is replaced by the next good record."""
+  """Samples of a folder, or those that rows of a manifest name, checked once at the start; one that fails later is
+  replaced by the next good record."""
 
-  def __init__(self, spec: str, on_bad_file: str, cache_bytes: int):
+  def __init__(self, spec: str, on_bad_file: str, cache_bytes: int, rows: list[dict] | None):
     self.spec, self.on_bad_file = spec, on_bad_file
     self.cache = Cache(cache_bytes)
     self.failed = {}    # index of an item -> DataError
-    found = readers.discover(spec, self.kind)
+    if rows is None:
+      found = self.discover(spec)
+      rows = [{}] * len(found.items)
+    else:
+      self.leaf = f'data.manifest, {self.kind}s'
+      found, rows = _named(rows, self.kind)
     if found.faults and (on_bad_file == 'stop' or len(found.faults) == 1 and not found.items):
       raise found.faults[0]
     total = len(found.items) + len(found.faults)
     if not total:
       raise readers.empty(spec, self.kind, found, self.leaf)
-    self.items, self.parts, warned = [], [], collections.Counter()    # parts: (index of an item, its part)
+    self.items, self.rows, self.parts = [], [], []    # rows: {} in a folder; parts: (index of an item, its part)
+    warned = collections.Counter()
     refused = collections.Counter(fault.code for fault in found.faults)
     for fault in found.faults:
       files.warn(fault, 'skipped')
-    for item, (parts, warnings) in zip(found.items, self._check_all(found.items)):
+    for item, row, (parts, warnings) in zip(found.items, rows, self._check_all(found.items, rows)):
       if isinstance(parts, DataError):
         refused[parts.code] += 1
         continue
       self.parts += [(len(self.items), part) for part in parts]
       self.items.append(item)
+      self.rows.append(row)
       for warning in warnings:
         code = warning.split()[1]
         warned[code] += 1
@@ -194,27 +203,31 @@ class _Folder:
         + (f'; ignored: {found.others}' if found.others else ''))
     if not self.items:
       raise DataError('EMPTY_DIR', spec, f'none of {total} files is usable ({count(refused)})', 'see the lines above')
-    self.root = os.path.commonpath([os.path.dirname(item.path) for item in self.items])
 
   def __len__(self):
     return len(self.parts)
 
   @functools.cached_property
+  def root(self) -> str:
+    return os.path.commonpath([os.path.dirname(item.path) for item in self.items])
+
+  @functools.cached_property
   def digest(self) -> str:
-    return _digest('\n'.join(self.name(self.items[file], part) for file, part in self.parts))
+    return _digest('\n'.join(self.name(*part) for part in self.parts))
 
   def listing(self) -> list[dict]:
     """Its records as rows of a manifest."""
-    return [{'id': self.name(self.items[file], part)} for file, part in self.parts]
+    return [{'id': self.name(*part)} for part in self.parts]
 
   def __getitem__(self, i: int) -> dict:
     for shift in range(len(self)):
       file, part = self.parts[(i + shift) % len(self)]
-      item = self.items[file]
       if file not in self.failed:
         try:
-          record = self.record(self.cache.get(item.path, lambda item=item: self.decode(item)), item, part)
-          return record | {'index': i, 'group': file, 'bad': shift > 0}
+          row = self.rows[file]
+          group = manifest.number(row['group']) if row else file
+          record = self.record(self.decoded(self.items[file], row), part)
+          return record | {'index': i, 'name': self.name(file, part), 'group': group, 'bad': shift > 0}
         except DataError as e:
           if self.failed.setdefault(file, e) is e and self.on_bad_file == 'skip':
             files.warn(e, 'replaced by the next good record')
@@ -222,20 +235,32 @@ class _Folder:
         raise self.failed[file]
     raise DataError('EMPTY_DIR', self.spec, 'not one record can be read any more', 'check the disk, then start again')
 
-  def name(self, item: readers.Item, part: int) -> str:
-    return os.path.relpath(item.path, self.root) + (f' z{part}' if part is not None else '')
+  def discover(self, spec: str) -> readers.Found:
+    return readers.discover(spec, self.kind)
 
-  def _check_all(self, items):
-    """check(item) of every item in order, in threads; yields (parts or DataError, warnings)."""
-    def one(item):
+  def name(self, file: int, part: int | None) -> str:
+    name = self.rows[file].get('id') or os.path.relpath(self.items[file].path, self.root)
+    return name + (f' z{part}' if part is not None else '')
+
+  def decoded(self, item: readers.Item, row: dict) -> tuple:
+    """decode(item), or what the cache has of it. Raises DataError CHANGED, if it is not the content that row says."""
+    def make():
+      if 'sha' in row:
+        readers.sha(item, row['sha'])
+      return self.decode(item)
+    return self.cache.get(item.path, make)
+
+  def _check_all(self, items, rows):
+    """check(item, row) of all in order, in threads; yields (parts or DataError, warnings)."""
+    def one(item, row):
       try:
-        return self.check(item)
+        return self.check(item, row)
       except DataError as e:
         return e, ()
     progress = files.Progress(f'{self.leaf}: checking files', len(items))
     pool = futures.ThreadPoolExecutor(min(16, os.cpu_count() or 1))
     try:
-      for result in pool.map(one, items):
+      for result in pool.map(one, items, rows):
         progress.advance()
         if isinstance(result[0], DataError):
           if self.on_bad_file == 'stop':
@@ -247,61 +272,86 @@ class _Folder:
 
 
 class CTFolder(_Folder):
-  """24-slice tiles of the CT scans (NIfTI, DICOM series) of a folder. Every scan is decoded once at the start.
+  """24-slice tiles of the scans (NIfTI, DICOM series) of a folder. Every scan is decoded once at the start.
 
   Args:
     spec: folder or glob pattern, several of them separated by commas.
-    modality: 'ct' refuses files whose values are not HU.
-    whole: records carry the whole scan, reduced to about 3 mm.
+    modality: 'ct' refuses files whose values are not HU; 'mr' and 'other' store z-scores.
+    sequences: ends of the names of what belongs together, see sequences.py; () = every file is a scan.
+    whole: records carry the whole scan, reduced to about 3 mm; of CT alone.
     on_bad_file: 'skip' (one line per bad file) or 'stop' (DataError).
     cache_bytes: of decoded scans kept in memory.
+    rows: of the manifest at `spec`: the files that they name, in their order, instead of all that lie there.
 
   Raises:
     DataError: EMPTY_DIR, or the fault of the first bad file with on_bad_file='stop'.
   """
   leaf, kind = 'data.ct', 'volume'
 
-  def __init__(self, spec, *, modality='ct', whole=False, on_bad_file='skip', cache_bytes=CACHE_BYTES):
-    self.modality, self.whole = modality, whole
+  def __init__(self, spec, *, modality='ct', sequences=(), whole=False, on_bad_file='skip', cache_bytes=CACHE_BYTES,
+               rows=None):
+    self.modality, self.sequences, self.whole = modality, sequences, whole
     self.depth = {}
-    super().__init__(spec, on_bad_file, cache_bytes)
+    super().__init__(spec, on_bad_file, cache_bytes, rows)
+
+  def discover(self, spec):
+    found = super().discover(spec)
+    return sequences.of_items(found, self.sequences) if self.sequences else found
 
   def decode(self, item) -> tiles.Scan:
     scan = tiles.read(item, self.modality, self.whole)
-    depth = self.depth.setdefault(item.path, scan.volume.shape[0])
-    if depth != scan.volume.shape[0]:
-      raise DataError('CHANGED', item.path, f'has {scan.volume.shape[0]} slices, had {depth} at the start',
+    depth, now = self.depth.setdefault(item.path, scan.volume.shape[-3]), scan.volume.shape[-3]
+    if depth != now:
+      raise DataError('CHANGED', item.path, f'has {now} slices, had {depth} at the start',
                       'leave the files alone during a run')
     return scan
 
-  def check(self, item):
-    scan = self.cache.get(item.path, lambda: self.decode(item))
-    return tiles.starts(scan.volume.shape[0]), scan.warnings
+  def check(self, item, row):
+    scan = self.decoded(item, row)
+    return tiles.starts(scan.volume.shape[-3]), scan.warnings
 
-  def record(self, scan: tiles.Scan, item: readers.Item, start: int) -> dict:
-    return tiles.cut(scan, start) | {'name': self.name(item, start)}
+  def record(self, scan: tiles.Scan, start: int) -> dict:
+    return tiles.cut(scan, start)
 
 
 class XrayFolder(_Folder):
   """Pictures of a folder; only their headers are read at the start. Arguments and errors as CTFolder's."""
   leaf, kind = 'data.xray', 'image'
 
-  def __init__(self, spec, *, on_bad_file='skip', cache_bytes=CACHE_BYTES):
-    super().__init__(spec, on_bad_file, cache_bytes)
+  def __init__(self, spec, *, on_bad_file='skip', cache_bytes=CACHE_BYTES, rows=None):
+    super().__init__(spec, on_bad_file, cache_bytes, rows)
 
   def decode(self, item):
     return (readers.image(item).array,)
 
-  def check(self, item):
+  def check(self, item, row):
     readers.check_image(item)
     return (None,), ()
 
-  def record(self, decoded, item: readers.Item, part) -> dict:
-    return {'image': decoded[0], 'name': self.name(item, part)}
+  def record(self, decoded, part) -> dict:
+    return {'image': decoded[0]}
 
 
-def one_ct(path, config) -> dict:
-  """The middle tile of one CT scan as a record, for evaluation. Raises DataError."""
-  scan = tiles.read(path, config.data.modality, config.drr.scope == 'volume')
-  middle = (scan.volume.shape[0] - tiles.TILE) // 2
-  return tiles.cut(scan, middle) | {'index': 0, 'name': os.path.basename(path), 'bad': False}
+def _named(rows, kind: str) -> tuple[readers.Found, list[dict]]:
+  """What rows of a manifest name, as `readers.discover` gives it, and the row of each item."""
+  items, mine, faults = [], [], []
+  for row in rows:
+    try:
+      items.append(readers.of_row(row | {'kind': kind}))
+      mine.append(row)
+    except DataError as e:
+      faults.append(e)
+  return readers.Found(items, '', faults), mine
+
+
+def one_ct(item, config) -> dict:
+  """The middle tile of one scan (readers.Item, or a path) as a record, for evaluation. Raises DataError."""
+  item = item if isinstance(item, readers.Item) else readers.item(item, 'volume')
+  scan = tiles.read(item, config.data.modality, needs_whole(config))
+  middle = (scan.volume.shape[-3] - tiles.TILE) // 2
+  return tiles.cut(scan, middle) | {'index': 0, 'name': os.path.basename(item.path), 'bad': False}
+
+
+def needs_whole(config) -> bool:
+  """Whether records carry the whole scan: it is only there to be rendered."""
+  return config.drr.scope == 'volume' and config.data.modality == 'ct'

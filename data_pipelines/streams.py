@@ -4,13 +4,16 @@ A stream's position is one integer, the number of rows that all shards together 
 (seed, stream, position) alone, so that a run continues with the same samples on another number of hosts or worker
 processes. Nothing is filtered here: a record that cannot be read has been replaced by its source.
 """
+import functools
+import os
 import zlib
 from concurrent import futures
 
 import grain
 import numpy as np
 
-from data_pipelines import cases, draw, files, labelled, prepared, sample, sources
+from data_pipelines import cases, draw, files, labelled, manifest, prepared, sample, sequences, sources
+from data_pipelines.errors import DataError
 
 STREAMS = ('ct', 'xray')
 THREADS, BUFFER = 4, 4    # per process; without a bound Grain reads hundreds of batches ahead
@@ -22,17 +25,18 @@ def build(config, names=None, shard_index: int = 0, shard_count: int = 1) -> dic
   """{name: Stream} of this shard.
 
   Args:
-    config: the run config; reads seed, batch, data, views, drr.
+    config: the run config; reads seed, epochs, batch, data, views, drr.
     names: which of 'ct' and 'xray'; None = those with a non-zero batch.
     shard_index, shard_count: this process among those that share every global batch.
 
   Raises:
-    DataError: nothing to read at data.ct or data.xray.
+    DataError: nothing to read at data.ct, data.xray or data.manifest.
     ValueError: a global batch that the shards cannot share evenly.
   """
   files.single_threaded_blas()    # sources reduce scans with it
   names = [n for n in STREAMS if config.batch[n]] if names is None else names
-  return {n: Stream(n, config, _source(n, config), shard_index, shard_count) for n in names}
+  listed = manifest.load(config.data.manifest) if config.data.manifest else None
+  return {n: Stream(n, config, _source(n, config, listed), shard_index, shard_count, listed) for n in names}
 
 
 def views(name: str, record: dict, config, rng, drr: bool = True) -> dict:
@@ -44,9 +48,7 @@ def views(name: str, record: dict, config, rng, drr: bool = True) -> dict:
     return cases.view(name, record, config, rng)
   if name == 'xray':
     return sample.xray_sample(record, draw.xray_pair(rng, config, record['image'].shape), config)
-  whole = (record['whole'].shape, record['whole_spacing_mm']) if 'whole' in record else ()
-  params = draw.ct_pair(rng, config, record['volume'].shape, record['spacing_mm'], *whole)
-  return sample.ct_sample(record, params, config, drr)
+  return sample.ct_sample(record, draw.ct_pair(rng, config, *sample.sizes(record)), config, drr)
 
 
 class Stream:
@@ -56,10 +58,11 @@ class Stream:
     records: number of records of the source.
     spec: {field: (shape, dtype)} of one row.
     source: the record source.
+    manifest: manifest.Listed that names its records, or None.
   """
 
-  def __init__(self, name, config, source, shard_index=0, shard_count=1):
-    self.name, self.source, self.records = name, source, len(source)
+  def __init__(self, name, config, source, shard_index=0, shard_count=1, listed=None):
+    self.name, self.source, self.records, self.manifest = name, source, len(source), listed
     self.batch = config.batch[name]
     self._shard = shard_index, shard_count
     if not self.records:
@@ -182,21 +185,31 @@ def _parse_flags() -> None:
     flags.FLAGS.mark_as_parsed()
 
 
-def _source(name: str, config):
-  """Records of data.ct or data.xray: phantoms, folders, prepared shards, or several of them mixed."""
+def _source(name: str, config, listed=None):
+  """Records of data.manifest (its files, or their shards beside it), or of data.ct or data.xray: phantoms, folders,
+  prepared shards, or several of them mixed."""
   if 'task' in config:
     return labelled.source(name, config)
-  data, whole = config.data, config.drr.scope == 'volume'
+  data, whole = config.data, sources.needs_whole(config)
   spec = data[name]
-  if not spec:
+  if not spec and not listed:
     return (sources.PhantomCT(config.seed, data.phantom_records, whole=whole) if name == 'ct' else
             sources.PhantomXray(config.seed, data.phantom_records))
   more = {'ct': {'whole': whole, 'modality': data.modality}, 'xray': {}}[name] | {'on_bad_file': data.on_bad_file}
-  folder = {'ct': sources.CTFolder, 'xray': sources.XrayFolder}[name]
+  scans = functools.partial(sources.CTFolder, sequences=sequences.parse(data.sequences))
+  folder = {'ct': scans, 'xray': sources.XrayFolder}[name]
   shards = {'ct': prepared.PreparedCT, 'xray': prepared.PreparedXray}[name]
+  if listed:
+    rows = listed.training(name)
+    if any('record' in row for row in rows):
+      return shards(os.path.dirname(listed.path), rows=rows, **more)
+    return folder(listed.path, rows=rows, **more)
   shares = prepared.weights(spec)
   ready = {p: w for p, w in shares.items() if prepared.is_prepared(p, name)}
   if not ready and set(shares.values()) == {1.}:
     return folder(spec, **more)
   parts = [shards(p, **more) if p in ready else folder(p, **more) for p in shares]
+  if name == 'ct' and len(counts := {len(p[0].get('pad', '1')) for p in parts}) > 1:
+    raise DataError('SEQUENCES', spec, f'sources of {" and ".join(map(str, sorted(counts)))} sequences',
+                    'mix sets with the same sequences')
   return parts[0] if len(parts) == 1 else prepared.Mixture(parts, list(shares.values()))

@@ -21,7 +21,8 @@ class Volume(NamedTuple):
   """A canonical volume.
 
   Attributes:
-    array: [D, H, W] = [S, A, R], C-contiguous; int16 where all values are integers of that range, else float32.
+    array: [D, H, W] = [S, A, R], C-contiguous; int16 where all stored values are integers of that range (straightened
+      ones are rounded), else float32.
     spacing_mm: (z, y, x), the lengths of the affine's columns.
     affine: [4, 4], maps indices (z, y, x, 1) to RAS mm.
     meta: shape, dtype, axcodes of the file; grid: shape (i, j, k) and affine [4, 4] (to RAS mm) of the voxels as
@@ -35,16 +36,17 @@ class Volume(NamedTuple):
 
 
 def settle(array: np.ndarray, affine: np.ndarray, path, meta: dict, warnings: list[str], *, oblique: str = 'resample',
-           gantry: str = '', shear_limit: float = SHEAR) -> Volume:
+           hu: bool = True, gantry: str = '', shear_limit: float = SHEAR) -> Volume:
   """Stored voxels -> Volume.
 
   Args:
-    array: [i, j, k] scaled values, int16 or float32.
+    array: [i, j, k] scaled values, int16 or float32; belongs to the volume from now on.
     affine: [4, 4], maps (i, j, k, 1) to RAS mm.
     path: what messages name.
     meta: of the Volume, as far as the reader knows it.
     warnings: texts so far; further ones are added.
     oblique: 'resample', or 'refuse' to raise for volumes that would need it.
+    hu: values are HU: what lies below -1024 is padding.
     gantry: a tilt of the gantry that the reader measured, in words; it is corrected like any shear.
     shear_limit: cosine between two array axes that is left alone.
 
@@ -62,10 +64,11 @@ def settle(array: np.ndarray, affine: np.ndarray, path, meta: dict, warnings: li
     if oblique == 'refuse':
       raise DataError(code, path, text, "read with oblique='resample' to interpolate it on a straight grid")
     warnings.append(f"WARN {code} {path}: {text}; {done}. FIX: oblique='refuse' to exclude")
-    if array.min() < AIR_HU:    # padding must not be averaged into tissue
+    if hu and array.min() < AIR_HU:    # padding must not be averaged into tissue
       warnings.append(f'WARN HU_PADDING {path}: minimum {array.min():g}: raised to {AIR_HU} before resampling')
-      array = np.maximum(array, array.dtype.type(AIR_HU))
+      np.maximum(array, array.dtype.type(AIR_HU), out=array)
     array, affine = straighten(array, affine, path)
+  array = np.ascontiguousarray(array)
   spacing = tuple(float(s) for s in np.linalg.norm(affine[:3, :3], axis=0))
   return Volume(array, spacing, affine, meta | {'oblique_deg': angle, 'warnings': warnings})
 
@@ -83,11 +86,11 @@ def fits_int16(low: float, high: float) -> bool:
 
 
 def canonical(array: np.ndarray, affine: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-  """[i, j, k] in any orientation -> [S, A, R] by flips and axis permutation alone, with its affine."""
+  """[i, j, k] in any orientation -> a view as [S, A, R], by flips and axis permutation alone, with its affine."""
   orientation = nib.io_orientation(affine)
   affine = affine @ nib.orientations.inv_ornt_aff(orientation, array.shape)
   array = nib.apply_orientation(array, orientation)
-  return np.ascontiguousarray(array.transpose(2, 1, 0)), affine[:, [2, 1, 0, 3]]
+  return array.transpose(2, 1, 0), affine[:, [2, 1, 0, 3]]
 
 
 def tilt(affine: np.ndarray) -> tuple[float, float]:
@@ -102,7 +105,7 @@ def straighten(array: np.ndarray, affine: np.ndarray, path='') -> tuple[np.ndarr
   """Linear interpolation of a canonical volume on the smallest axis-aligned grid that holds it.
 
   The grid keeps the spacing of each axis, so nothing is reduced and no low-pass is needed. Outside of the
-  volume stands its minimum. Returns float32 [D, H, W] and its affine.
+  volume stands its minimum. Returns [D, H, W] of the type of `array` (integers are rounded) and its affine.
   """
   size = np.linalg.norm(affine[:3, :3], axis=0)    # (z, y, x)
   corners = np.array([[i, j, k, 1] for i in (0, 1) for j in (0, 1) for k in (0, 1)], float)
@@ -116,9 +119,12 @@ def straighten(array: np.ndarray, affine: np.ndarray, path='') -> tuple[np.ndarr
   grid = np.eye(4)
   grid[:3, :3], grid[:3, 3] = np.diag(size)[::-1], low    # rows (x, y, z), columns (z, y, x)
   to_source = np.linalg.inv(affine) @ grid
-  out = ndimage.affine_transform(array.astype(np.float32), to_source[:3, :3], to_source[:3, 3],
-                                 output_shape=tuple(int(n) for n in count), order=1, mode='constant',
-                                 cval=float(array.min()))
+  out = np.empty(tuple(int(n) for n in count), array.dtype)
+  plane, air = np.empty((1, *out.shape[1:]), np.float32), float(array.min())
+  for z in range(len(out)):    # slice by slice: a float copy of all would be twice as large as the volume
+    ndimage.affine_transform(array, to_source[:3, :3], to_source[:3, 3] + z * to_source[:3, 0], output=plane, order=1,
+                             mode='constant', cval=air)
+    out[z] = plane[0] if out.dtype == plane.dtype else np.rint(plane[0])
   return out, grid
 
 

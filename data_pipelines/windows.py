@@ -45,17 +45,20 @@ def spread(length: int, window: int, stride: int) -> list[int]:
 
 
 def holds_body(scan: np.ndarray, box: Box) -> bool:
-  """Whether a tenth of what a box shows of a scan [D, H, W] in HU is denser than lung."""
+  """Whether a tenth of what a box shows of a CT [D, H, W] in HU is denser than lung."""
   part = scan[tuple(slice(max(a, 0), a + n) for a, n in zip(*box))]
   return np.count_nonzero(part > BODY_HU) >= BODY_SHARE * part.size
 
 
-def view(scan: np.ndarray, box: Box, cfg) -> np.ndarray:
-  """A box as the network is given it, `[*cfg.size, 1]` float32, HU / 1024.
+def view(scan: tiles.Scan, box: Box, cfg) -> np.ndarray:
+  """A box as the network is given it, `[*cfg.size, C]` float32: HU / 1024, or z-scores of each sequence.
 
   Args:
-    scan: [D, H, W] HU.
+    scan: its volume [D, H, W] in HU, or [C, D, H, W] with the `pad` of each sequence.
     cfg: the leaves views.ct (size, resize, pad_hu).
   """
-  return volume.crop_resize(scan, np.float32(box.corner), np.float32(box.size), np.zeros(3, bool), cfg.size, cfg.resize,
-                            cfg.pad_hu)[..., None]
+  place = np.float32(box.corner), np.float32(box.size), np.zeros(3, bool), cfg.size, cfg.resize
+  if 'pad' not in scan.intensity:
+    return volume.crop_resize(scan.volume, *place, cfg.pad_hu)[..., None]
+  return np.stack([volume.crop_resize(x, *place, pad, None)
+                   for x, pad in zip(scan.volume, scan.intensity['pad'])], -1)

@@ -6,12 +6,14 @@ import sys
 import numpy as np
 import pytest
 
+from data_pipelines import sample
 from data_pipelines.errors import DataError
 from tests.conftest import ROOT
 from tests.e2e import tiny
 from unimiss_jax import train
-from unimiss_jax.validate import ConfigError, check_devices, validate
+from unimiss_jax.validate import DRR_LOSSES, ConfigError, check_devices, validate
 
+NO_DRR = {f'loss.{term}': 0. for term in DRR_LOSSES}
 LEAVES = [
     ({'steps': 0}, r'steps=0, epochs=0: exactly one .* set the other to 0'),
     ({'epochs': 2}, r'steps=8, epochs=2: exactly one'),
@@ -40,6 +42,16 @@ LEAVES = [
     ({'eval.records': 2_000_000}, r'eval.records=2000000: at most 1000000'),
     ({'eval.tasks': ('knn', 'retrival')}, r'eval.tasks: "retrival" unknown: use some of knn, retrieval'),
     ({'method': 'unimis'}, r'method "unimis" unknown'),
+    ({'data.modality': 'pet'}, r'data.modality="pet" unknown: use one of ct, mr, other'),
+    ({'data.modality': 'mr', 'data.ct': 'x'}, r'loss.drr=0.5, loss.recon_drr=5, loss.pair_nce=1: DRR are made from HU, '
+     r'which data.modality=mr has not; set loss.drr and loss.recon_drr and loss.pair_nce to 0'),
+    (NO_DRR | {'data.modality': 'other'}, r'data.modality=other with data.ct="": phantoms are CT; name a folder'),
+    (NO_DRR | {'data.modality': 'mr', 'data.ct': 'x', 'data.sequences': '_t1,_t2,_flair'},
+     r'data.sequences="_t1,_t2,_flair" names 3, model.in_channels=\(3, 1\): use model.in_channels=\(3, 3\)'),
+    ({'model.in_channels': (3, 2)}, r'model.in_channels=\(3, 2\): CT has one sequence; use data.modality=mr, or'),
+    ({'model.in_channels': (1, 1)}, r'model.in_channels=\(1, 1\): images have 3 channels, .*; use \(3, 1\)'),
+    ({'data.manifest': '/m', 'data.xray': '/x'}, r'data.manifest="/m" says what is trained on, and so does '
+     r'data.xray="/x": set one of them to ""'),
 ]
 
 
@@ -48,6 +60,13 @@ def test_a_leaf_that_cannot_work_is_named(overrides, text):
   with pytest.raises(ConfigError, match=text) as e:
     validate(tiny.config(**overrides))
   assert '\n' not in str(e.value)
+
+
+def test_a_run_without_hu_is_valid_without_drr():
+  validate(tiny.config(**NO_DRR, **{'data.modality': 'mr', 'data.ct': 'x', 'data.sequences': '::0,::1',
+                                    'model.in_channels': (3, 2)}))
+  validate(tiny.config(**{'data.modality': 'mr', 'phases.ct': 0}))      # nothing is rendered
+  assert DRR_LOSSES == sample.DRR_LOSSES
 
 
 def test_both_shipped_presets_are_valid():

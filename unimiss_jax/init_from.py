@@ -45,7 +45,8 @@ def read(config, params) -> dict:
     raise CheckpointError(f'{what}: {len(wrong)} tensors of the backbone have another shape: {_some(wrong)}. FIX: use '
                           'the model leaves of those weights')
   if not same:
-    raise CheckpointError(f'{what}: none of its {len(found)} tensors of {", ".join(config.init_parts)} belongs to this model')
+    raise CheckpointError(f'{what}: none of its {len(found)} tensors of {", ".join(config.init_parts)} belongs to this '
+                          'model')
   fresh, unused = [n for n in wanted if n not in same], [n for n in found if n not in wanted]
   logging.info('%s: loaded %d/%d tensors%s%s', what, len(same), len(wanted),
                f'; fresh: {_some(fresh)}' if fresh else '', f'; not used: {_some(unused)}' if unused else '')
@@ -59,7 +60,8 @@ def read(config, params) -> dict:
 
 def part_of(name: str) -> str:
   """'backbone/DecEmbed2D1/...' -> 'decoder'; encoder, decoder or head."""
-  return 'encoder' if name.startswith('backbone/transformer/') else 'decoder' if name.startswith('backbone/') else 'head'
+  part, _, rest = name.partition('/')
+  return 'head' if part != 'backbone' else 'encoder' if rest.startswith('transformer/') else 'decoder'
 
 
 def merge(params, given: dict):

@@ -41,6 +41,8 @@ class Observer:
   def logits(self, state, cases):
     """[N, *S, C] -> what the network of a task says, [N, ...]; in calls of one static size."""
     rows = max(1, min(ROWS, VOXELS // int(np.prod(cases.size))))
+    if self.config.task.kind == 'seg' and cases.stream == 'xray':
+      rows = 1                                    # the whole picture is one window
     return lambda x: self._apply('logits', state, {cases.stream: x[:, None]}, rows)[cases.stream][:, 0]
 
   def tests(self) -> int:

@@ -18,7 +18,8 @@ def schedules(config, method):
   if o.schedule == 'cosine':
     rates = optim.cosine_schedule(lr, o.min_lr, method.total_steps, min(warm, method.total_steps - 1))
   elif o.schedule == 'poly':
-    rates = optim.poly_schedule(lr, method.total_steps, hold=method.steps_per_epoch if o.schedule_unit == 'epoch' else 1)
+    hold = method.steps_per_epoch if o.schedule_unit == 'epoch' else 1
+    rates = optim.poly_schedule(lr, method.total_steps, hold=hold)
   else:
     rates = optim.constant_schedule(lr)
   return rates, optim.cosine_schedule(o.weight_decay, o.weight_decay_end, method.total_steps, 0)

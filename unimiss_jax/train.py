@@ -94,7 +94,7 @@ def check(config, folder) -> None:
   """What can be known before anything is read or compiled."""
   validate.validate(config)
   validate.check_devices(config, jax.device_count())
-  for path in (folder, config.init_from, config.eval.knn):
+  for path in (folder, config.init_from, config.data.manifest, config.eval.knn):
     files.check_storage(path)
   if '://' in str(folder) and not str(folder).startswith(STORES):
     raise validate.ConfigError(f'--workdir={folder}: checkpoints cannot be written there. FIX: use a local folder or '
@@ -111,9 +111,12 @@ class Run:
     self.mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp)
     self.streams = processes.together(
         lambda: streams.build(config, validate.streams(config), jax.process_index(), jax.process_count()))
-    self.records = {n: {'count': s.records, 'hash': s.digest} for n, s in self.streams.items()}
+    listed = [s.manifest for s in self.streams.values() if s.manifest]
+    self.lists = ({'manifest': listed[0]} if listed else {}) | self.streams
+    self.records = {n: {'count': s.records, 'hash': s.digest} for n, s in self.lists.items()}
     processes.agree('records', {f'data.{n}': r for n, r in self.records.items()},
                     'let every host see the same files (the lines above name those that were skipped)')
+    validate.check_channels(config, {n: s.spec for n, s in self.streams.items()})
     self.method = validate.made(base.make, config, {n: (s.records, s.spec) for n, s in self.streams.items()})
     validate.check_method(config, self.method)
     self.total = self.method.total_steps
@@ -129,7 +132,7 @@ class Run:
     self.template = template = checkpoint.template(abstract, placed)
     restored = self.checkpoints.restore(template, resume == 'strict',
                                         self.refusal if resume != 'force' else lambda meta: None)
-    processes.on_main(lambda: workdir.keep_records(folder, {n: s.listing() for n, s in self.streams.items()}))
+    processes.on_main(lambda: workdir.keep_records(folder, {n: s.listing() for n, s in self.lists.items()}))
     if restored is None:
       given = init_from.read(config, abstract.params) if config.init_from else {}
       self.loaded = len(given), len(jax.tree.leaves(abstract.params))
@@ -154,10 +157,11 @@ class Run:
     for name, mine in self.records.items():
       theirs = meta.get('records', {}).get(name)
       if theirs and theirs != mine:
-        what = manifest.changes(workdir.records(self.folder).get(name, []), self.streams[name].listing())
+        what = manifest.changes(workdir.records(self.folder).get(name, []), self.lists[name].listing())
+        back = 'it back' if name == 'manifest' else 'the files back (lines above name the skipped ones)'
         return (f'was written with other records of data.{name} ({theirs["count"]} then, {mine["count"]} now; '
-                f'{what or "their order or content differs"}): samples would not be the same. FIX: bring the files '
-                f'back (lines above name the skipped ones), {force}')
+                f'{what or "their order or content differs"}): samples would not be the same. FIX: bring {back}, '
+                f'{force}')
     return None
 
   def compile(self, phase, state):
@@ -180,6 +184,7 @@ class Run:
     self.describe()
     self.observer = Observer(config, self.method, self.mesh, evalset.build(config) if config.eval.tasks else None,
                              evalset.preview(config, self.streams))
+    tests = cases.of(config, 'test') if 'task' in config else None      # a fault of theirs must not wait for the end
     plan = [self.method.schedule(i)[0] for i in range(total)]
     names = tuple(self.method.phases)
     progress = Progress(np.array([names.index(p) for p in plan], int), names)
@@ -228,8 +233,8 @@ class Run:
     self.checkpoints.wait()
     if self.best:
       self.best.checkpoints.wait()
-    if 'task' in config:
-      self.test(watchdog)
+    if tests:
+      self.test(tests, watchdog)
     self.mirror.flush()
     if self.main:
       workdir.finish(self.folder, config)
@@ -283,16 +288,18 @@ class Run:
     if positions is not None and self.best:
       self.best.offer(at, self.state, values, self.about(positions))
 
-  def test(self, watchdog):
+  def test(self, tests, watchdog):
     """The best weights, or the last ones, on the test split."""
     restored = self.best.restore(self.template) if self.best else None
     state = restored[0] if restored else self.state
-    test = cases.of(self.config, 'test')
+    fit = cases.of(self.config, 'train', self.streams[tests.stream].source)
     watchdog.alive()
-    about = {'step': int(state.step), 'loaded': list(self.loaded), 'parameters': parameters(state.params),
-             'seconds': time.monotonic() - self.began}
-    final_test.run(self.config, self.observer.logits(state, test), cases.of(self.config, 'train'), test, about,
-                   self.mirror.local if self.main else None)
+    about = {'step': int(state.step), 'steps': int(self.state.step), 'loaded': list(self.loaded),
+             'parameters': parameters(state.params), 'seconds': time.monotonic() - self.began}
+    local = self.mirror.local if self.main else None
+    save = lambda i, labels: tests.save(i, labels, local / 'eval' / 'predictions')
+    final_test.run(self.config, self.observer.logits(state, tests), fit, tests, about, local,
+                   save if self.config.eval.save else None)
 
   def pictures(self, at: int):
     reconstructions = self.observer.reconstructions(self.state)

@@ -13,7 +13,7 @@ class ConfigError(ValueError):
 
 CHOICES = {
     'phases.unit': ('epoch', 'step', 'joint'),
-    'data.modality': ('ct',),
+    'data.modality': ('ct', 'mr', 'other'),
     'data.on_bad_file': ('skip', 'stop'),
     'views.ct.extent': ('output', 'record'),
     'views.ct.resize': ('linear', 'area'),
@@ -45,6 +45,7 @@ CHOICES = {
 PARTS = ('encoder', 'decoder', 'head')
 STREAMS = ('ct', 'xray')
 TASKS = ('knn', 'retrieval', 'cls', 'seg')
+DRR_LOSSES = ('drr', 'recon_drr', 'pair_nce')
 MOST_PHANTOMS = 1_000_000     # of the range that is kept for development
 PAIRS = ('precrop', 'scale', 'noise_std', 'blur_sigma', 'blur_p', 'blur_unit_p', 'mul', 'mul_p', 'add_p', 'add_unit_p',
          'contrast_p', 'gamma', 'gamma_p', 'ratio')
@@ -89,13 +90,16 @@ def validate(config) -> None:
       raise ConfigError(f'phases.{s}={config.phases[s]}: must be at least 0')
     if config.phases[s] and config.batch[s] < 1:
       raise ConfigError(f'batch.{s}={config.batch[s]}: must be at least 1, or set phases.{s}=0')
+  if config.data.manifest and (two := [s for s in STREAMS if config.data[s]]):
+    raise ConfigError(f'data.manifest="{config.data.manifest}" says what is trained on, and so does '
+                      f'data.{two[0]}="{config.data[two[0]]}": set one of them to ""')
   for path in ('checkpoint.every', 'checkpoint.keep', 'log.every', 'optim.accum', 'optim.max_skipped',
                'data.phantom_records', 'data.views_per_read', 'loss.slices'):
     if has(config, path) and leaf(config, path) < 1:
       raise ConfigError(f'{path}={leaf(config, path)}: must be at least 1')
   for path in ('log.watchdog_min', 'log.images_every', 'eval.every', 'data.workers', 'optim.clip',
-               'optim.warmup_epochs', 'eval.patience'):
-    if leaf(config, path) < 0:
+               'optim.warmup_epochs', 'eval.patience', 'task.epoch_steps'):
+    if has(config, path) and leaf(config, path) < 0:
       raise ConfigError(f'{path}={leaf(config, path)}: must be at least 0')
   if unknown := set(config.eval.tasks) - set(TASKS):
     raise ConfigError(f'eval.tasks: "{min(unknown)}" unknown: use some of {", ".join(TASKS)}')
@@ -107,10 +111,13 @@ def validate(config) -> None:
         raise ConfigError(f'views.{section}.{name}={tuple(config.views[section][name])}: needs two numbers')
   if not 0 < config.eval.fit < config.eval.records:
     raise ConfigError(f'eval.fit={config.eval.fit}: must lie between 0 and eval.records={config.eval.records}')
+  if config.eval.patience and not (config.eval.select and config.eval.every):
+    raise ConfigError(f'eval.patience={config.eval.patience}: needs eval.select and eval.every')
   if unknown := set(config.init_parts) - set(PARTS):
     raise ConfigError(f'init_parts: "{min(unknown)}" unknown: use some of {", ".join(PARTS)}')
   if 'task' in config:
     _task(config)
+  _modality(config)
   _model(config)
 
 
@@ -120,18 +127,51 @@ def _task(config) -> None:
     raise ConfigError('a task learns from one kind of image: set one of phases.ct and phases.xray to 0')
   if not 0 < data.label_fraction <= 1:
     raise ConfigError(f'data.label_fraction={data.label_fraction}: must lie in (0, 1]')
+  if data.label_fraction < 1 and config.epochs and not task.epoch_steps:
+    raise ConfigError(f'data.label_fraction={data.label_fraction}, epochs={config.epochs}: fewer labels would mean '
+                      'fewer steps. FIX: set steps and epochs=0, or task.epoch_steps')
   if data.ct or data.xray:
     raise ConfigError('data.ct and data.xray have no labels: name a labelled data.manifest')
   if task.kind == 'seg' and config.phases.ct and config.views.ct.extent != 'output':
     raise ConfigError(f'views.ct.extent="{config.views.ct.extent}": a segmentation of volumes cuts patches, use output')
+  views = (('centre', 'whole', 'tencrop') if config.phases.xray else
+           ('centre', 'whole') if config.views.ct.extent == 'record' else ('centre', 'windows'))
+  if task.kind == 'cls' and task.test_view not in views:
+    raise ConfigError(f'task.test_view="{task.test_view}": here it is one of {", ".join(views)}')
+  if task.kind == 'seg' and not (task.ce_weight or task.dice_weight):
+    raise ConfigError('task.ce_weight=0, task.dice_weight=0: nothing to learn from, give one a weight')
   if task.threshold and len(task.classes) != 1:
     raise ConfigError(f'task.threshold={task.threshold}: for one class, task.classes has {len(task.classes)}')
   if task.mask_values and len(task.mask_values) != len(task.classes):
-    raise ConfigError(f'task.mask_values has {len(task.mask_values)} entries, task.classes {len(task.classes)}: one for each')
+    raise ConfigError(f'task.mask_values has {len(task.mask_values)} entries, task.classes {len(task.classes)}: '
+                      'one for each')
   if not 0 <= task.overlap < 1 or not 0 <= task.foreground <= 1:
     raise ConfigError(f'task.overlap={task.overlap}, task.foreground={task.foreground}: shares, below 1')
   if min(task.phantoms) < 1 or len(task.phantoms) != 3:
     raise ConfigError(f'task.phantoms={tuple(task.phantoms)}: needs three numbers, training, validation, test')
+
+
+def _modality(config) -> None:
+  """What is no CT has no HU, so no DRR, and its sequences are the channels of the model."""
+  data, channels = config.data, tuple(config.model.in_channels)
+  count = len([end for end in data.sequences.split(',') if end.strip()])
+  if len(channels) != 2 or channels[0] != 3 or channels[1] < 1:
+    raise ConfigError(f'model.in_channels={channels}: images have 3 channels, volumes one for each sequence; use (3, '
+                      f'{count or 1})')
+  if data.modality == 'ct' and (count or channels[1] > 1):
+    raise ConfigError(f'data.sequences="{data.sequences}", model.in_channels={channels}: CT has one sequence; use '
+                      'data.modality=mr, or data.sequences="" and model.in_channels=(3, 1)')
+  if count and count != channels[1]:
+    raise ConfigError(f'data.sequences="{data.sequences}" names {count}, model.in_channels={channels}: use '
+                      f'model.in_channels=(3, {count})')
+  if data.modality == 'ct' or not config.phases.ct:
+    return
+  terms = [name for name in DRR_LOSSES if has(config, f'loss.{name}')]
+  if on := [f'loss.{name}={config.loss[name]:g}' for name in terms if config.loss[name]]:
+    raise ConfigError(f'{", ".join(on)}: DRR are made from HU, which data.modality={data.modality} has not; set '
+                      f'{" and ".join(term.partition("=")[0] for term in on)} to 0')
+  if not (data.ct or data.manifest):
+    raise ConfigError(f'data.modality={data.modality} with data.ct="": phantoms are CT; name a folder in data.ct')
 
 
 def _model(config) -> None:
@@ -190,6 +230,17 @@ def check_devices(config, devices: int) -> None:
       what = f'{devices} devices' + (f' x {config.optim.accum} micro-batches' if config.optim.accum > 1 else '')
       use = f'{low} or {low + n}' if low else f'{n}'
       raise ConfigError(f'batch.{s}={b} not divisible by {what}: use {use}')
+
+
+def check_channels(config, spec: dict) -> None:
+  """The volumes have as many sequences as the model has channels.
+
+  Args:
+    spec: {stream: {field: (shape, dtype)}} of one row.
+  """
+  if 'ct' in spec and (count := spec['ct']['ct'][0][-1]) != config.model.in_channels[1]:
+    raise ConfigError(f'model.in_channels={tuple(config.model.in_channels)}: the volumes of data.ct have {count} '
+                      f'sequence{"s" * (count > 1)}; use model.in_channels=(3, {count})')
 
 
 def check_method(config, method) -> None:

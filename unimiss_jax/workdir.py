@@ -88,7 +88,8 @@ def finish(workdir, config) -> None:
 
 
 def keep_records(workdir, listings: dict) -> None:
-  """Writes records.json, {stream: rows}: what a later life compares its records with, to name the difference."""
+  """Writes records.json, {stream or 'manifest': rows}: what a later life compares its records with, to name the
+  difference."""
   file = epath.Path(workdir) / RECORDS
   part = file.with_name(f'{RECORDS}.part')
   part.write_text(json.dumps(listings))

@@ -124,6 +124,13 @@ def test_the_model_card(exported):
     assert piece in text, piece
 
 
+def test_the_contract_of_other_modalities():
+  config = tiny.config(**{'data.modality': 'mr', 'data.sequences': '_t1,_flair', 'model.in_channels': (3, 2)})
+  told = card.contract(config.to_dict())['volume']
+  assert told['tensor'] == '[B, 2, D, H, W] float32' and told['sequences'] == '_t1,_flair'
+  assert 'clipped to the 0.5 and 99.5 percentiles of the voxels that are not 0' in told['intensity']
+
+
 LINES = '''
 import sys, numpy as np, torch
 x = torch.from_numpy(np.load(sys.argv[1]))

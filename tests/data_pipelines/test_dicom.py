@@ -4,6 +4,7 @@ import time
 import warnings
 
 import numpy as np
+import pydicom
 import pytest
 from pydicom import uid
 from pydicom.dataset import Dataset
@@ -120,6 +121,59 @@ def test_small_irregularities_are_kept(tmp_path):
   assert volume.spacing_mm[0] == pytest.approx(5) and not volume.meta['warnings']
   series(tmp_path / 'long', noise((5, 6, 5)), positions=places([0, 20.08, 40, 60.08, 80]), SeriesInstanceUID='9')
   assert read(tmp_path / 'long').spacing_mm[0] == pytest.approx(20)
+
+
+# positions in mm; where they count as being, if that is somewhere else; positions of the result; slices made
+THIN = np.arange(40) * .65
+GAPS = {
+    'one missing': ([0, 5, 10, 20, 25], None, np.arange(0, 26, 5), 1),
+    'two in a row, one elsewhere': ([0, 2, 8, 10, 14, 16], None, np.arange(0, 17, 2), 3),
+    'irregular': ([0, 5, 10, 17], None, np.linspace(0, 17, 4), 2),
+    'small irregularities are kept': ([0, 5.04, 10, 20.03, 25], [0, 5, 10, 20, 25], np.arange(0, 26, 5), 1),
+    'rounded tags': (np.delete(np.round(THIN, 1), [7, 8, 20]), np.delete(THIN, [7, 8, 20]), THIN, 3)}
+
+
+@pytest.mark.parametrize('slope', [1, .3])
+@pytest.mark.parametrize('name', GAPS)
+def test_missing_slices_are_interpolated_on_request(tmp_path, name, slope):
+  """Against numpy.interp through every pixel."""
+  positions, counted, want, made = GAPS[name]
+  pixels = noise((len(positions), 6, 5))
+  series(tmp_path, pixels, positions=places(positions), RescaleSlope=slope)
+  with pytest.raises(DataError, match='SLICE_GAP .* FIX: copy the missing slices, or interpolate them: --resample_ga'):
+    read(tmp_path)
+  volume = read(tmp_path, resample_gaps=True)
+  at = positions if counted is None else counted
+  truth = np.apply_along_axis(lambda v: np.interp(want, at, v), 0, pixels * slope)
+  truth = np.rint(truth) if slope == 1 else truth
+  assert volume.array.dtype == (np.int16 if slope == 1 else np.float32)
+  np.testing.assert_allclose(volume.array, truth[:, ::-1, ::-1], rtol=0, atol=1e-3)
+  assert volume.spacing_mm[0] == pytest.approx(want[1], rel=2e-3) and volume.affine[2, 3] == positions[0]
+  warning, = volume.meta['warnings']
+  assert warning.startswith(f'WARN SLICE_GAP {tmp_path}: distances ')
+  assert warning.endswith(f'; {made} of {len(want)} slices interpolated. FIX: copy the missing slices')
+
+
+def test_a_tilted_series_with_a_gap(tmp_path):
+  """Values are linear in space, so nothing is lost with a slice."""
+  orientation, pixels = (1, 0, 0, 0, C, -S), np.indices((12, 30, 24)) * np.array([40, 3, 5]).reshape(3, 1, 1, 1)
+  pixels = pixels.sum(0).astype(np.int16)
+  series(tmp_path / 'all', pixels, step=(0, 0, 5.), orientation=orientation)
+  left = np.delete(np.arange(12), [4, 5, 9])
+  positions = np.array((-30., -20., 40.)) + np.outer(left, (0, 0, 5.))
+  series(tmp_path / 'some', pixels[left], positions=positions, orientation=orientation, SeriesInstanceUID='1.2.9')
+  whole, filled = read(tmp_path / 'all'), read(tmp_path / 'some', resample_gaps=True)
+  np.testing.assert_allclose(filled.affine, whole.affine, atol=1e-9)
+  np.testing.assert_allclose(filled.array, whole.array, atol=1e-3)
+  assert [w.split()[1] for w in filled.meta['warnings']] == ['SLICE_GAP', 'GANTRY_TILT']
+
+
+def test_what_is_not_filled(tmp_path):
+  series(tmp_path / 'a', noise((4, 6, 5)), positions=places([0, 5, 10, 40]))
+  with pytest.raises(DataError, match='5 slices missing .*largest gap is 30 mm. FIX: .*no more than 4 in a row'):
+    read(tmp_path / 'a', resample_gaps=True)
+  series(tmp_path / 'b', noise((4, 6, 5)), positions=places([0, 5, 5, 20]))
+  assert code_of(read, tmp_path / 'b', resample_gaps=True) == 'DUP_POSITION'
 
 
 def test_gantry_tilt_is_corrected(tmp_path):
@@ -662,6 +716,16 @@ def test_real_series_with_tilt_and_gap(shared, tmp_path):
   assert code_of(tiles.read, tmp_path / 'gantrytilting') == 'TOO_SMALL'
   with pytest.raises(DataError, match='SLICE_GAP .*distances 5, 5, 10 mm: 1 slice missing after position 28.1'):
     read(tmp_path / 'sliceincrement')
+  filled = read(tmp_path / 'sliceincrement', resample_gaps=True)
+  assert filled.meta['shape_canon'] == (5, 512, 512) and filled.spacing_mm[0] == pytest.approx(5)
+  assert '1 slice missing after position 28.1; 1 of 5 slices interpolated' in filled.meta['warnings'][0]
+  files = sorted(map(pydicom.dcmread, (tmp_path / 'sliceincrement').rglob('*.dcm')),
+                 key=lambda ds: ds.ImagePositionPatient[2])
+  hu = np.stack([ds.pixel_array * float(ds.RescaleSlope) + float(ds.RescaleIntercept) for ds in files])
+  z = [float(ds.ImagePositionPatient[2]) for ds in files]
+  truth = np.concatenate([hu[:3], (hu[2:3] + hu[3:]) / 2, hu[3:]])
+  assert filled.affine[2, 3] == z[0] and (z[2] + z[3]) / 2 == pytest.approx(z[0] + 15)
+  np.testing.assert_array_equal(filled.array, np.rint(truth)[:, ::-1, ::-1])
 
 
 @pytest.mark.realdata

@@ -106,6 +106,8 @@ ROWS = [    # file, options, {code: severity}
     ('dicom/d2n_gantrytilting_001.zip', {},
      ORIENT | {'GANTRY_TILT': 'WARN', 'HU_IMPLAUSIBLE': 'WARN', 'TOO_SMALL': 'ERROR'}),
     ('dicom/d2n_sliceincrement_001.zip', {}, {'SLICE_GAP': 'ERROR'}),
+    ('dicom/d2n_sliceincrement_001.zip', {'resample_gaps': True},
+     ORIENT | {'SLICE_GAP': 'WARN', 'HU_IMPLAUSIBLE': 'WARN', 'TOO_SMALL': 'ERROR'}),
     *[(f'cxr_rotated/{name}', {'beside': f'../cxr/nih/{name}'}, {'ROTATED?': 'WARN', 'DUPLICATE': 'WARN'})
       for name in ('00000061_025.png', '00001880_006.png')],
     ('../ct/dicom/nysbu_A067967_axial.dcm', {}, OF_SLICE | {'TOO_SMALL': 'ERROR', 'METAL': 'INFO'}),
@@ -227,7 +229,7 @@ def test_damaged_dicom_and_names_that_cannot_be_printed(tmp_path, capsys):
 
 
 def test_whatever_a_reader_raises_is_a_line(mixed, monkeypatch):
-  def fails(item):
+  def fails(item, **how):
     raise ZeroDivisionError('an\nodd one')
   monkeypatch.setattr(examination.readers, 'volume', fails)
   found, report = codes(mixed / 'a_good.nii.gz')

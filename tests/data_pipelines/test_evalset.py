@@ -9,6 +9,7 @@ from PIL import Image
 from data_pipelines import evalset, phantom
 from data_pipelines.errors import DataError
 from tests.e2e import tiny
+from unimiss_jax.evals import online
 
 
 @pytest.fixture(scope='module')
@@ -55,6 +56,26 @@ def test_a_labelled_manifest(tmp_path):
   assert got.labels['ct'] == {'tumour': pytest.approx([0, 1])}
   assert set(got.labels['xray']) == {'class_0', 'class_1'}
   assert got.fit['ct'].tolist() == [True, False] and not got.paired
+
+
+def test_other_modalities(tmp_path):
+  """Phantoms are no MR: only their X-rays are scored, or nothing; volumes of a manifest are, by their sequences."""
+  small = {'data.modality': 'mr', 'eval.records': 4, 'eval.fit': 2}
+  got = evalset.build(tiny.config(**small))
+  assert got.views.keys() == got.labels.keys() == got.fit.keys() == {'xray'} and not got.paired
+  assert evalset.build(tiny.config(**small, **{'phases.xray': 0})) is None
+  rng, rows = np.random.default_rng(0), []
+  for i in range(4):
+    for name in 'ab':
+      values = rng.gamma(2., 100., (40, 40, 26))
+      nib.save(nib.Nifti1Image(values, np.diag([3., 3., 3., 1.])), tmp_path / f'{i}{name}.nii')
+    rows.append({'path': f'{i}a.nii', 'paths': [f'{i}a.nii', f'{i}b.nii'], 'kind': 'volume', 'label': {'tumour': i % 2},
+                 'split': ('train', 'test')[i // 2]})
+  (tmp_path / 'manifest.jsonl').write_text('\n'.join(map(json.dumps, rows)))
+  got = evalset.build(tiny.config(**small, **{'eval.knn': str(tmp_path)}))
+  assert got.views.keys() == {'ct'} and got.views['ct'].shape == (4, 1, 16, 64, 64, 2)
+  assert abs(got.views['ct'].mean()) < .05 and got.views['ct'].max() > 2      # z-scores of skewed values
+  assert 0 <= online.control(got, ('knn', 'retrieval'), 'pa')['eval/raw_knn_auc_ct'] <= 1
 
 
 def test_a_manifest_without_test_rows_is_refused(tmp_path):

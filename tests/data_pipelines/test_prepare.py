@@ -20,6 +20,7 @@ from data_pipelines import manifest, nifti, preparation, prepare, prepared, read
 from data_pipelines.errors import DataError
 from tests.conftest import ROOT
 from tests.data_pipelines import dicom_files
+from unimiss_jax.views import matrices
 
 VOLUMES, PICTURES = 5, 3
 SHARDS = '--num_shards=3'
@@ -110,7 +111,8 @@ def test_the_manifest_says_where_every_record_is_and_what_was_left_out(out, fold
     shards = records.Shards(out, kind)
     assert shards.at([os.path.basename(f) for f in shards.files].index(shard), i)['id'] == row['id']
     assert len(row['sha']) == 32 and row['split'] == 'train' and row['path'].startswith(str(folder))
-  assert manifest.meta(out)['config'] == {'modality': 'ct', 'spacing_mm': [0., 0., 0.], 'tile': 24, 'compress': 'none'}
+  assert manifest.meta(out)['config'] == {'modality': 'ct', 'spacing_mm': [0., 0., 0.], 'tile': 24, 'compress': 'none',
+                                          'sequences': [], 'resample_gaps': False}
 
 
 def fingerprints(source, fields):
@@ -400,6 +402,15 @@ def test_resampling_keeps_the_extent():
   assert same is ramp and mm == (3., 2., 1.)
 
 
+@pytest.mark.parametrize('to_mm', [(1., .5, .6), (3.1, .3, 2.), (5., 0., 1.6), (0., 1.6, 0.)])
+def test_resampling_a_slab_at_a_time_is_that_of_the_whole_volume(to_mm):
+  volume = np.random.default_rng(0).integers(-1024, 3000, (37, 25, 22)).astype(np.int16)
+  out, _ = tiles.resampled(volume, (2., .8, .8), to_mm)
+  d, h, w = (matrices.resize('area' if m < n else 'linear', 0, n, n, m) for n, m in zip(volume.shape, out.shape))
+  whole = np.einsum('az,by,cx,zyx->abc', d, h, w, volume.astype(float), optimize=True)
+  np.testing.assert_allclose(out, whole, rtol=0, atol=.5 + 1e-3)      # float32 beside float64, then rounded
+
+
 # ---- reading
 
 def test_a_record_that_cannot_be_read_is_replaced(out, folder, tmp_path, capsys):
@@ -441,6 +452,18 @@ def test_other_content_or_order_is_another_list(out, folder, tmp_path):
   assert prepare.main([str(folder), f'--out={tmp_path / "other"}', '--workers=0', SHARDS, '--modality=other']) == 0
   with pytest.raises(DataError, match='MODALITY .*was prepared with --modality=other, the run has data.modality=ct'):
     prepared.PreparedCT(str(tmp_path / 'other'))
+
+
+def test_series_with_gaps_on_request(tmp_path):
+  place = np.delete(np.arange(24), [3, 11])
+  dicom_files.series(tmp_path / 'a', dicom_files.noise((22, 18, 17)), positions=np.outer(place, (0, 0, 2.)))
+  dicom_files.series(tmp_path / 'b', dicom_files.noise((20, 18, 17)), SeriesInstanceUID='1.7')
+  for flags, want in (([], [('excluded', ['SLICE_GAP']), ('ok', [])]),
+                      (['--resample_gaps'], [('warn', ['SLICE_GAP']), ('ok', [])])):
+    out = tmp_path / f'out{len(flags)}'
+    assert prepare.main([f'{tmp_path}/a,{tmp_path}/b', f'--out={out}', '--workers=0', *flags]) == 0
+    assert [(r['status'], r['findings']) for r in manifest.read(out, labelled=False)] == want
+  assert prepared.PreparedCT(str(out))[0]['volume'].shape == (24, 18, 17)
 
 
 def test_every_source_lists_its_records(out, folder):

@@ -1,12 +1,14 @@
 """One scene in every storage order and type, the way back to the file, frames, and files that claim too much."""
 import gzip
 import time
+import tracemalloc
 
 import nibabel as nib
 import numpy as np
 import pytest
+from scipy import ndimage
 
-from data_pipelines import nifti, volume
+from data_pipelines import nifti, tiles, volume
 from data_pipelines.errors import DataError
 
 TWELVE = ('RAS', 'LPS', 'LAS', 'LPI', 'PLI', 'PIR', 'ASR', 'IRA', 'RSP', 'SLP', 'SRP', 'ILA')
@@ -81,6 +83,35 @@ def test_straightened_values_stand_where_they_were(tmp_path, affine):
   inside = ((back[:3] > 1e-3) & (back[:3] < np.array([29, 27, 14])[:, None, None, None] - 1e-3)).all(0)
   assert inside.mean() > .2
   np.testing.assert_allclose(read.array[inside], field(*ras[:3])[inside], atol=2e-3)
+
+
+@pytest.mark.parametrize('dtype', ['int16', 'float32'])
+def test_straightening_slice_by_slice_is_that_of_the_whole_volume(dtype):
+  """Bit for bit what scipy makes of a float copy of all of it; integers stay integers, rounded."""
+  array = np.random.default_rng(0).integers(-1000, 2000, (20, 31, 23)).astype(dtype)
+  array, affine = volume.canonical(array, turned(14) @ turned(8, 2) @ np.diag([-1.3, 1.1, 2.5, 1.]))
+  out, grid = volume.straighten(array, affine)
+  to_source = np.linalg.inv(affine) @ grid
+  whole = ndimage.affine_transform(array.astype(np.float32), to_source[:3, :3], to_source[:3, 3], order=1,
+                                   output_shape=out.shape, mode='constant', cval=float(array.min()))
+  assert out.dtype == dtype and out.size > array.size
+  np.testing.assert_array_equal(out, np.rint(whole) if dtype == 'int16' else whole)
+
+
+@pytest.mark.parametrize('dtype, shear, spacing_mm', [
+    ('int16', 0., (0., 0., 0.)), ('int16', .6, (0., 0., 0.)), ('float32', .6, (0., 0., 0.)),
+    ('int64', 0., (0., 0., 0.)), ('int16', 0., (1., 1.2, 1.2)), ('int16', 0., (4., 3., 1.))])
+def test_reading_a_scan_takes_less_than_six_times_its_size(tmp_path, dtype, shear, spacing_mm):
+  """Its int16 size, as it is stored or, where that is larger, as it is made; float64 is in benchmarks/shards.py."""
+  affine = np.diag([-1.5, -1.5, 2., 1.])
+  affine[1, 2] = shear
+  array = np.random.default_rng(0).integers(-1000, 2000, (160, 160, 96)).astype(dtype)
+  path = save(tmp_path / 'x.nii.gz', array + np.array(.25, dtype), affine)
+  tracemalloc.start()
+  scan = tiles.read(path, whole=True, spacing_mm=spacing_mm, tile=0)
+  peak, size = tracemalloc.get_traced_memory()[1], 2 * max(array.size, scan.volume.size)
+  tracemalloc.stop()
+  assert peak < 6 * size
 
 
 # ---- the way back
@@ -213,7 +244,6 @@ def test_one_volume_of_a_file_with_more_axes(tmp_path, suffix):
 # ---- files that claim or hold too much
 
 def test_bombs_are_refused_before_memory_is_asked_for(tmp_path):
-  import tracemalloc
   header = nib.Nifti1Header()
   header.set_data_shape((10, 10, 10))
   header.set_data_dtype(np.int16)

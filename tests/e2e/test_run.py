@@ -10,7 +10,7 @@ import pytest
 from etils import epath
 from PIL import Image
 
-from data_pipelines import prepare, sources
+from data_pipelines import manifest, prepare, sources
 from data_pipelines.errors import DataError
 from tests.e2e import tiny
 from unimiss_jax import checkpoint, train, workdir
@@ -101,8 +101,8 @@ def test_other_records_are_refused_unless_forced(stopped, monkeypatch):
   assert json.loads((stopped / 'records.json').read_text())['ct'][-1] == {'id': 'new'}
 
 
-def test_files_and_their_shards_train_and_a_file_that_is_gone_is_named(tmp_path):
-  """As many records as phantoms, so that nothing is compiled anew."""
+def test_files_and_their_shards_train_and_what_changed_is_named(tmp_path):
+  """Named by folder and by manifest; as many records as phantoms, so that nothing is compiled anew."""
   files, rng = tmp_path / 'files', np.random.default_rng(0)
   files.mkdir()
   for i in range(16):
@@ -112,8 +112,19 @@ def test_files_and_their_shards_train_and_a_file_that_is_gone_is_named(tmp_path)
   at = lambda folder: tiny.config(**{'data.ct': str(folder), 'data.xray': str(folder), 'eval.tasks': ()})
   run = tmp_path / 'run'
   assert train.train_and_evaluate(at(files), str(run)) == 0
-  assert prepare.main([str(files), f'--out={tmp_path / "shards"}', '--workers=0']) == 0
-  assert train.train_and_evaluate(at(tmp_path / 'shards'), str(tmp_path / 'other')) == 0
+  shards, other = tmp_path / 'shards', tmp_path / 'other'
+  assert prepare.main([str(files), f'--out={shards}', '--workers=0']) == 0
+  listed = tiny.config(**{'data.manifest': str(shards), 'eval.tasks': ()})
+  assert train.train_and_evaluate(listed, str(other)) == 0
+  written = json.loads((other / 'checkpoints' / '8' / 'meta' / 'metadata').read_text())['records']['manifest']
+  assert written == {'count': 32, 'hash': manifest.meta(shards)['hash']}
+  rows = manifest.read(shards, labelled=False)
+  rows[5] |= {'status': 'excluded'}
+  manifest.write(shards, rows, shards=manifest.meta(shards)['shards'])
+  (other / 'DONE').unlink()
+  with pytest.raises(CheckpointError, match=r'other records of data.manifest \(32 then, 32 now; 1 changed status: '
+                                            f'{rows[5]["id"]}' r'\): samples would .* FIX: bring it back'):
+    train.train_and_evaluate(listed, str(other))
   (run / 'DONE').unlink()
   (files / '3.nii').unlink()
   with pytest.raises(CheckpointError, match=r'other records of data.ct \(16 then, 15 now; 1 removed: 3.nii z0\)'):

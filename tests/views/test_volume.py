@@ -123,6 +123,19 @@ def test_whole_slices_are_copied():
   np.testing.assert_allclose(y, np.clip(x[5:21, 4:36, 8:40], -1024, 3071)[::-1] / 1024, atol=1e-6)
 
 
+def test_z_scores_are_not_clipped_and_end_in_their_own_background():
+  """Stored numbers beyond the range of HU stay; with `pad` the leaf pad_hu is not asked."""
+  cfg = base().views.ct
+  cfg.size, cfg.pad_hu = (4, 8, 8), 0
+  x = np.random.default_rng(6).integers(-9000, 9000, (4, 6, 6)).astype(np.int16)
+  params = dict(box_start=np.array([0, -1, -1], np.float32), box_size=np.array([4, 8, 8], np.float32),
+                flip=np.zeros(3, bool), noise_std=np.float32(0), noise_key=np.zeros(2, np.uint32), blur_sigma=column(0),
+                mul=column(1), add=column(0), contrast=column(1), gamma=column(1))
+  expected = np.pad(x, ((0, 0), (1, 1), (1, 1)), constant_values=-1500) / 1024
+  for form in (np.asarray, jnp.asarray):
+    np.testing.assert_allclose(volume.view(form(x), params, cfg, np.float32(-1500)), expected, atol=1e-5)
+
+
 def test_view_is_the_chain_on_host_and_device():
   rng, cfg = np.random.default_rng(5), base().views.ct
   cfg.size = (4, 16, 16)

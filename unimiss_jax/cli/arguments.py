@@ -78,10 +78,15 @@ def reason(argv, error) -> str:
 def load(file: str):
   """Config of FILE[:arg] without overrides."""
   path, _, arg = file.partition(':')
+  return module(path).get_config(*([arg] if arg else []))
+
+
+def module(path: str):
+  """A Python file of configs/, executed."""
   spec = importlib.util.spec_from_file_location('config_file', path)
-  module = importlib.util.module_from_spec(spec)
-  spec.loader.exec_module(module)
-  return module.get_config(*([arg] if arg else []))
+  found = importlib.util.module_from_spec(spec)
+  spec.loader.exec_module(found)
+  return found
 
 
 def leaves(config, prefix='') -> list[str]:

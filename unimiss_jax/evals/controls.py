@@ -19,22 +19,19 @@ def classify(fit, cases, exclusive: bool) -> dict[str, float]:
   (x, y), (test, truth) = _pixels(fit), _pixels(cases)
   known = np.where(y < 0, np.nan, y)
   share = np.nan_to_num(np.nanmean(known, 0), nan=.5)
-  score = lambda p: classification.scores(p, np.where(truth < 0, np.nan, truth), _kind(exclusive))
+  truth = np.where(truth < 0, np.nan, truth)
+  score = lambda p: classification.scores(p, truth, exclusive, cases.classes)
   constant = np.broadcast_to(share, (len(test), len(share)))
   z = probe.ridge(x, known, test)
   raw = supervised.probabilities(4 * z, exclusive)      # a regression of -1 and 1 has no scale of its own
   return {f'chance/{k}': v for k, v in score(constant).items()} | {f'raw/{k}': v for k, v in score(raw).items()}
 
 
-def _kind(exclusive: bool) -> str:
-  return 'multiclass' if exclusive else 'multilabel'
-
-
 def _pixels(cases) -> tuple:
   rows, labels = [], []
   for i in range(len(cases)):
     record = cases.record(i)
-    view = cases.views(record).mean(0)[None, ..., 0]
+    view = cases.plain(record)[None, ..., 0]
     rows.append(pooled(view, PIXELS[view.ndim - 1])[0])
     labels.append(record['label'])
   return np.array(rows), np.array(labels)
@@ -55,6 +52,7 @@ def segment(fit, cases, task) -> dict[str, float]:
   place = np.clip(place / len(fit), 1e-4, None)
   mean = moments[:, 1] / np.maximum(moments[:, 0], 1)
   std = np.sqrt(np.maximum(moments[:, 2] / np.maximum(moments[:, 0], 1) - mean**2, 1e-4))
+  mean, std = mean.astype(np.float32), std.astype(np.float32)      # large volumes have many voxels and many classes
   out = {}
   for name, seen in (('chance', False), ('raw', True)):
     dice = []

@@ -29,7 +29,8 @@ def run(features: dict, evalset, tasks) -> dict[str, float]:
 def control(evalset, tasks, view: str) -> dict[str, float]:
   """The same scores from raw down-sampled pixels, as 'eval/raw_...': what a feature has to beat.
 
-  kNN: CT 8x8x8, images 16x16. Retrieval: the mean of the CT along the direction of the DRR against the image, 16x16.
+  kNN: CT 8x8x8, of several sequences the first; images 16x16. Retrieval: the mean of the CT along the direction of the
+  DRR against the image, 16x16.
   """
   pixels = {name: x[:, 0, ..., 0] for name, x in evalset.views.items()}
   knn = {n: pooled(x, (8, 8, 8) if n == 'ct' else (16, 16)) for n, x in pixels.items()}

@@ -44,8 +44,7 @@ def classify(logits, cases, exclusive: bool) -> Outcome:
     if views >= ROWS or i + 1 == len(cases):
       flush()
   probability, truth = np.array(found), np.array(truth)
-  kind = 'multiclass' if exclusive else 'multilabel'
-  return Outcome(classification.scores(probability, truth, kind), _rows(cases) | {
+  return Outcome(classification.scores(probability, truth, exclusive, cases.classes), _rows(cases) | {
       'probability': probability, 'truth': truth, 'exclusive': np.array(exclusive)})
 
 
@@ -65,10 +64,10 @@ def segment(logits, cases, task, *, distances: bool = False, keep=lambda i, reco
     masks = [one_by_one(x, len(cases.classes), task.exclusive) for x in (predicted, truth(record))]
     dice.append([segmentation.dice(p, t) for p, t in zip(*masks)])
     if distances:
-      spacing = record.get('truth_mm', record.get('spacing_mm', (1.,) * masks[0][0].ndim))
+      spacing = record.get('truth_mm', (1.,) * masks[0][0].ndim)
       hd95.append([segmentation.hd95(p, t, spacing) for p, t in zip(*masks)])
   table = _rows(cases) | {'dice': np.array(dice)} | ({'hd95': np.array(hd95)} if distances else {})
-  return Outcome(summary(table, cases.classes), table)
+  return Outcome(summary(table, cases.classes, 'mm' if cases.stream == 'ct' else 'px'), table)
 
 
 def window(logits, cases, record, task) -> np.ndarray:
@@ -86,7 +85,7 @@ def truth(record) -> np.ndarray:
 
 
 def label_map(probability, shape, exclusive: bool) -> np.ndarray:
-  """[*S, K] on one grid -> labels as of data_pipelines.labelled on the grid [*shape], linear between, plane by plane."""
+  """[*S, K] on one grid -> labels as of data_pipelines.labelled on the grid [*shape]; linear, plane by plane."""
   n = len(shape) if exclusive else len(shape) - 1
   size = shape[:n]
   maps = [matrices.resize('linear', 0, a, a, b) for a, b in zip(probability.shape, size)]
@@ -106,14 +105,14 @@ def one_by_one(labels, classes: int, exclusive: bool) -> list:
   return [labels == c + 1 if exclusive else labels[..., c] > 0 for c in range(classes)]
 
 
-def summary(table, classes) -> dict[str, float]:
-  """Means over cases: 'dice' (of the classes), 'dice/<class>', likewise 'hd95_mm' over cases where it is finite."""
+def summary(table, classes, unit: str = 'mm') -> dict[str, float]:
+  """Means over cases: 'dice' (of the classes), 'dice/<class>', likewise 'hd95_<unit>' over cases where it is finite."""
+  mean = lambda v: float(np.mean(v[np.isfinite(v)])) if np.isfinite(v).any() else float('nan')
   out = {}
-  for column, name in (('dice', 'dice'), ('hd95', 'hd95_mm')):
+  for column, name in (('dice', 'dice'), ('hd95', f'hd95_{unit}')):
     if column in table:
-      values = np.where(np.isfinite(table[column]), table[column], np.nan)
-      of = {c: float(np.nanmean(v)) if np.isfinite(v).any() else float('nan') for c, v in zip(classes, values.T)}
-      out |= {name: float(np.nanmean(list(of.values())))} | {f'{name}/{c}': v for c, v in of.items()}
+      of = {c: mean(v) for c, v in zip(classes, table[column].T)}
+      out |= {name: mean(np.array(list(of.values())))} | {f'{name}/{c}': v for c, v in of.items()}
   return out
 
 

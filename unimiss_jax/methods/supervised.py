@@ -11,7 +11,7 @@ import jax.numpy as jnp
 
 from unimiss_jax import models
 from unimiss_jax.losses import classification, segmentation
-from unimiss_jax.methods.base import Aux, Method, Phase, view_keys, weighted
+from unimiss_jax.methods.base import Method, Phase, view_keys, weighted
 from unimiss_jax.models.heads import Classifier, Segmenter
 from unimiss_jax.optim import TRAIN
 
@@ -23,7 +23,7 @@ FIELD = {'ct': 3, 'xray': 2}    # stream -> dimensions
 def make(config, data) -> Method:
   task, (stream, (records, spec)) = config.task, next(iter(data.items()))
   batch = config.batch[stream]
-  steps_per_epoch = max(records // batch, 1)
+  steps_per_epoch = task.epoch_steps or max(records // batch, 1)
   total = config.steps or config.epochs * steps_per_epoch
   model = models.build(config.model)
   segments, other = task.kind == 'seg', {2: '3D', 3: '2D'}[FIELD[stream]]
@@ -60,13 +60,14 @@ def make(config, data) -> Method:
       value = classification.cross_entropy(z, rows['label'], task.exclusive)
       return weighted({'ce_loss': (1., value)}, {},
                       {'train/accuracy': classification.accuracy(z, rows['label'], task.exclusive)})
-    full, ce, dice = z[0].shape[1:-1], 0., 0.
-    for weight, out in zip(level_weights, z):
-      stride = [a // b for a, b in zip(full, out.shape[1:-1])]
-      goal = segmentation.targets(segmentation.at_stride(rows['mask'], stride), classes, task.exclusive)
-      ce += weight * segmentation.cross_entropy(out, goal, task.exclusive)
-      dice += weight * segmentation.soft_dice(out, goal, task.exclusive, task.dice == 'hard_no_grad')
-    return weighted({'ce_loss': (task.ce_weight, ce), 'dice_loss': (task.dice_weight, dice)}, {}, {})
+    full = z[0].shape[1:-1]
+    strides = [[a // b for a, b in zip(full, out.shape[1:-1])] for out in z]
+    goals = [segmentation.targets(segmentation.at_stride(rows['mask'], s), classes, task.exclusive) for s in strides]
+    hard = task.dice == 'hard_no_grad'
+    terms = {'ce_loss': (task.ce_weight, lambda out, goal: segmentation.cross_entropy(out, goal, task.exclusive)),
+             'dice_loss': (task.dice_weight, lambda out, goal: segmentation.soft_dice(out, goal, task.exclusive, hard))}
+    return weighted({name: (weight, sum(w * f(out, goal) for w, out, goal in zip(level_weights, z, goals)))
+                     for name, (weight, f) in terms.items() if weight}, {}, {})
 
   def groups(name):
     part, _, rest = name.partition('/')

@@ -91,10 +91,11 @@ def make(config, data) -> Method:
     return jax.lax.stop_gradient(logits(extra['teacher'], embedding.reshape(*x.shape[:2], -1)))
 
   def slices(params, ct, rng):
-    """Mean logits over every n-th slice of each CT crop, through the 2D branch. ct [B, 2, D, H, W, 1]."""
-    x = ct[:, :, ::loss.slices]                                            # [B, 2, S, H, W, 1]
+    """Mean logits over every n-th slice of each sequence of a CT crop, through the 2D branch. ct [B, 2, D, H, W, C]."""
+    x = ct[:, :, ::loss.slices]                                            # [B, 2, S, H, W, C]
     if loss.slice_intensity == 'minmax':
-      x = reconstruction.minmax(x, loss.recon_minmax_eps, axes=(2, 3, 4, 5))
+      x = reconstruction.minmax(x, loss.recon_minmax_eps, axes=(2, 3, 4))
+    x = jnp.moveaxis(x, -1, 3).reshape(*x.shape[:2], -1, *x.shape[3:5], 1)    # [B, 2, S * C, H, W, 1]
     x = jnp.broadcast_to(x, (*x.shape[:-1], 3))
     keys = view_keys(rng, x.shape[1] * x.shape[2])
     embedding = backbone(params, x.reshape(-1, *x.shape[3:]), keys).embedding
@@ -120,7 +121,7 @@ def make(config, data) -> Method:
           center = center_of_next(center, mean['center'])
           terms[name] = (weight, value)
     if loss.recon_ct:
-      target = reconstruction.minmax(rows['ct'], loss.recon_minmax_eps, axes=(2, 3, 4, 5))
+      target = reconstruction.minmax(rows['ct'], loss.recon_minmax_eps, axes=(2, 3, 4))
       terms['recon_ct_loss'] = (loss.recon_ct, reconstruction.sigmoid_mse(r_ct, target))
     if loss.recon_drr:
       terms['recon_drr_loss'] = (loss.recon_drr, reconstruction.sigmoid_mse(r_drr, rows['drr']))

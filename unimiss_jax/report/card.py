@@ -4,7 +4,6 @@ from __future__ import annotations
 import json
 
 import unimiss_jax
-from unimiss_jax.views.volume import HU_RANGE
 
 RESEARCH = 'Research use only. Not a medical device; not for diagnosis, triage or treatment.'
 PHANTOMS = 'built-in phantoms'
@@ -17,8 +16,13 @@ PLAIN = {'volume': {'size': (16, 96, 96), 'extent': 'output', 'resize': 'linear'
          'image': {'size': 96, 'ratio': (3 / 4, 4 / 3), 'resize': 'bicubic', 'clip': (0., 0.), 'normalise': (0., 0.)}}
 LOSSES_2D = 'drr', 'recon_drr', 'pair_nce', 'slice'      # of the CT phase, that look at images
 LOSSES = ('ct', 'drr', 'slice', 'xray', 'recon_ct', 'recon_drr', 'recon_xray', 'nce', 'pair_nce')
-TAGS = ('medical-imaging', 'computed-tomography', 'chest-x-ray', 'self-supervised-learning', 'pytorch', 'jax',
+TAGS = ('medical-imaging', 'chest-x-ray', 'self-supervised-learning', 'pytorch', 'jax',
         'safetensors')
+TAG = {'ct': ('computed-tomography',), 'mr': ('magnetic-resonance-imaging',)}
+Z_SCORE = ('of each sequence of a scan: clipped to the 0.5 and 99.5 percentiles of {}, minus the mean of that, over '
+           'its deviation')
+INTENSITY = {'ct': 'HU, clipped to [-1024, 3071], divided by 1024', 'mr': Z_SCORE.format('the voxels that are not 0'),
+             'other': Z_SCORE.format('all voxels')}
 DIMENSIONS = {2: '2D images', 3: '3D volumes'}
 USE = '''import json, safetensors.torch, torch_mit
 net = torch_mit.UniMiSSPlus(**json.load(open('config.json'))['torch']).eval()
@@ -35,21 +39,24 @@ def contract(config: dict) -> dict:
   """How inputs must look, from a run's config: in words, and as `view`, the leaves that make them; only of the kinds of
   input that it trained on."""
   model, data, views, task = config['model'], config['data'], config['views'], NO_TASK | config.get('task', {})
+  channels = model.get('in_channels', (3, 1))[1]
+  sequences = {'sequences': data['sequences']} if data.get('sequences') else {}
   common = {k: task[k] for k in ('clip', 'normalise')}
-  low, high = task['clip'] if task['clip'][1] > task['clip'][0] else HU_RANGE
+  low, high = task['clip']
   mean, std = task['normalise']
-  grey = 'MONOCHROME2 (bone is bright), full scale of the bit depth -> [0, 1]'
+  asked = (f', clipped to [{low:g}, {high:g}]' if high > low else '') + (f', minus {mean:g}, divided by {std:g}' if std
+                                                                        else '')
   out = {}
   if config['phases']['ct']:
     out['volume'] = {
-        'tensor': '[B, 1, D, H, W] float32',
+        'tensor': f'[B, {channels}, D, H, W] float32', **sequences,
         'orientation': 'SAR: D runs to the superior, H to the anterior, W to the right side of the patient '
                        '(the closest such order by the affine of the file)',
         'spacing': (f'resampled to {" x ".join(f"{mm:g}" for mm in task["spacing_mm"])} mm (0 = as in the file)'
                     if any(task['spacing_mm']) else
-                    f'as in the file, not resampled; trained on {data["ct"] or PHANTOMS}'),
-        'intensity': f'HU, clipped to [{low:g}, {high:g}], '
-                     + (f'minus {mean:g}, divided by {std:g}' if std else 'divided by 1024'),
+                    f'as in the file, not resampled; trained on {data["ct"] or data.get("manifest") or PHANTOMS}'),
+        'intensity': INTENSITY[data['modality']] if not asked else f'HU, clipped to [-1024, 3071]{asked}'
+                     + ('' if std else ', divided by 1024'),
         'size': list(model['volume_size']),
         'crop': _ct_crop(views['ct']),
         'view': {k: views['ct'][k] for k in ('size', 'extent', 'resize', 'pad_hu')} | common | {
@@ -60,7 +67,8 @@ def contract(config: dict) -> dict:
     out['image'] = {
         'tensor': '[B, 3, H, W] float32, the grey value three times',
         'orientation': "as displayed: head up, the patient's right on the left",
-        'intensity': f'{grey}; ' + (f'minus {mean:g}, divided by {std:g}' if std else 'no mean, no deviation'),
+        'intensity': 'MONOCHROME2 (bone is bright), full scale of the bit depth -> [0, 1]'
+                     + (asked or '; no mean, no deviation'),
         'size': [model['image_size']] * 2,
         'crop': f'{of["scale"][0]:g} to {of["scale"][1]:g} of the area, resized to {of["size"]} x {of["size"]}',
         'view': {k: of[k] for k in ('size', 'ratio', 'resize')} | common}
@@ -97,7 +105,7 @@ def training(weights) -> dict:
   source = lambda s: config['data'][s] or PHANTOMS
   step = int(weights.source.rstrip('/').rpartition('/')[2]) if weights.source.rpartition('/')[2].isdigit() else None
   return {
-      'method': config['method'], 'preset': config['preset'], 'step': step,
+      'method': config['method'], 'preset': config['preset'], 'step': step, 'modality': config['data']['modality'],
       'losses': {k: v for k, v in config['loss'].items() if k in LOSSES and v},
       'batch': {s: config['batch'][s] for s in records or ('ct', 'xray')},
       'samples_seen': meta.get('positions', {}),
@@ -139,15 +147,16 @@ def card(name: str, config: dict, parity: dict, files: list, license_id: str, da
   known, how = config.get('preprocessing', {}), config.get('training', {})
   arch, net = config['torch']['arch'], config['torch']
   parts = ', '.join(p for p, there in (('encoder', True), ('decoder', net['decoder']), ('head', net['head'])) if there)
+  use = USE.replace('[B, 1,', f'[B, {arch["in_channels"][1]},')
   lines = [
       '---', f'license: {json.dumps(license_id)}', 'library_name: unimiss_jax',
       'pipeline_tag: image-feature-extraction',
-      'tags:', *(f'- {tag}' for tag in TAGS), '---', '',
+      'tags:', *(f'- {tag}' for tag in TAGS + TAG.get(how.get('modality', 'ct'), ())), '---', '',
       f'# {name}', '', f'**{RESEARCH}**', '',
       f'{config["architecture"]} ({config["parameters"] / 1e6:.2f} M parameters: {parts}), '
       f'{_whose(config["branch"])}for {" and ".join(DIMENSIONS[n] for n in net["dimensions"])}. '
       f'Weights are {config["dtype"]}, in PyTorch layout, under the names of the released UniMiSS+ code.', '',
-      '## Use', '', 'In this folder, with PyTorch and safetensors installed:', '', '```python', USE, '```', '',
+      '## Use', '', 'In this folder, with PyTorch and safetensors installed:', '', '```python', use, '```', '',
       'Sizes other than the native ones work: position tables are interpolated on their grid.', '',
       '## Preprocessing contract', '']
   if known:

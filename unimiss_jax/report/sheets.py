@@ -10,7 +10,6 @@ from PIL import Image, ImageDraw
 
 TILE = 144          # pixels, longest side of a picture
 GAP = 4
-WINDOW = (-1.0, 1.0)   # HU/1024 shown as black and white
 
 
 def planes(volume) -> list[tuple[np.ndarray, str, str]]:
@@ -39,13 +38,13 @@ def tile(image, letters=('', ''), aspect: float = 1.) -> Image.Image:
   return out
 
 
-def ct_tiles(volume, pixel_mm=None) -> list[Image.Image]:
-  """[D, H, W, 1] in HU/1024 -> three planes: in true proportion and with letters where the voxel's size (z, y, x) is
-  given, else stretched to a square."""
+def ct_tiles(volume, window, pixel_mm=None) -> list[Image.Image]:
+  """[D, H, W] -> three planes: in true proportion and with letters where the voxel's size (z, y, x) is given, else
+  stretched to a square. window: what is shown as black and white."""
   marks = pixel_mm is not None
-  z, y, x = pixel_mm if marks else 1 / np.array(volume.shape[:3])
-  return [tile(grey(image, *WINDOW), (left, right) if marks else ('', ''), aspect)
-          for (image, left, right), aspect in zip(planes(volume[..., 0]), (y / x, z / x, z / y))]
+  z, y, x = pixel_mm if marks else 1 / np.array(volume.shape)
+  return [tile(grey(image, *window), (left, right) if marks else ('', ''), aspect)
+          for (image, left, right), aspect in zip(planes(volume), (y / x, z / x, z / y))]
 
 
 def image_tile(image, letters=('', '')) -> Image.Image:
@@ -70,24 +69,30 @@ def grid(rows: list[list[Image.Image]], head: list[str], names: list[str], title
 
 
 def ct_sheet(preview, reconstruction, view: str, title: str) -> Image.Image:
-  """One row a patient: un-augmented planes and DRR, then both views as trained on, each with its reconstruction."""
-  centre, views = preview['centre'], preview['views']
+  """One row a patient: un-augmented planes and DRR, then both views as trained on, each with its reconstruction.
+
+  Without DRR their columns are left out. Of several sequences the first one is shown, and an axial plane of the others.
+  """
+  centre, views, window = preview['centre'], preview['views'], preview['window']
+  drr, sequences = 'drr' in centre, range(1, centre['ct'].shape[-1])
   marks = ('A', 'P') if view == 'lateral' else ('R', 'L')
-  plane = {'axial': 0, 'lateral': 2}.get(view, 1)      # of the CT: the one that the DRR looks onto
-  head = ['axial', 'coronal', 'sagittal', 'DRR']
+  plane = {'axial': 0, 'lateral': 2}.get(view, 1) if drr else 0      # of the CT: the one that the DRR looks onto
+  head = ['axial', 'coronal', 'sagittal', *(f'sequence {c + 1}' for c in sequences), *['DRR'] * drr]
   for v in (1, 2):
-    head += [f'CT view {v}', *(['recon.'] if 'ct' in reconstruction else []),
-             f'DRR view {v}', *(['recon.'] if 'drr' in reconstruction else [])]
+    head += [f'CT view {v}' if drr else f'view {v}', *(['recon.'] if 'ct' in reconstruction else []),
+             *[f'DRR view {v}'] * drr, *(['recon.'] if 'drr' in reconstruction else [])]
   rows = []
   for i in range(len(preview['name'])):
-    row = [*ct_tiles(centre['ct'][i, 0], preview['pixel_mm'][i]), image_tile(centre['drr'][i, 0], marks)]
+    shown = [ct_tiles(x, window, preview['pixel_mm'][i]) for x in np.moveaxis(centre['ct'][i, 0], -1, 0)]
+    row = [*shown[0], *(shown[c][0] for c in sequences)] + ([image_tile(centre['drr'][i, 0], marks)] if drr else [])
     for v in range(2):
-      x = views['ct'][i, v]
-      row.append(ct_tiles(x)[plane])
+      x = views['ct'][i, v, ..., 0]
+      row.append(ct_tiles(x, window)[plane])
       if 'ct' in reconstruction:
         low, high = x.min(), x.max()      # the target is the crop's own min-max
-        row.append(ct_tiles(reconstruction['ct'][i, v] * (high - low) + low)[plane])
-      row.append(image_tile(views['drr'][i, v]))
+        row.append(ct_tiles(reconstruction['ct'][i, v, ..., 0] * (high - low) + low, window)[plane])
+      if drr:
+        row.append(image_tile(views['drr'][i, v]))
       if 'drr' in reconstruction:
         row.append(image_tile(reconstruction['drr'][i, v]))
     rows.append(row)

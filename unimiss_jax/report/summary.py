@@ -5,6 +5,7 @@ from etils import epath
 
 KNN = ('eval/knn_auc_ct', 'eval/knn_auc_xray')
 RECALL = ('eval/drr_to_ct_r10', 'eval/xray_to_ct_r10')
+TASK = {'eval/auroc': .5, 'eval/dice': None}      # of validation cases; their chance, where it is known
 
 
 def rows(folder) -> list[dict]:
@@ -30,17 +31,31 @@ def table(metrics: list[dict], chance: dict[str, dict[str, float]], tests: int =
   evals = [r for r in metrics if r.get('phase') == 'eval']
   if evals:
     first, last = evals[0], evals[-1]
-    for name in (n for n in (*KNN, *RECALL) if n in first and n in last):
-      level = 0.5 if name in KNN else min(1., 10 / tests) if tests else None
+    for name in (n for n in (*KNN, *RECALL, *TASK) if n in first and n in last):
+      level = 0.5 if name in KNN else TASK[name] if name in TASK else min(1., 10 / tests) if tests else None
       raw = first.get(name.replace('eval/', 'eval/raw_', 1))
       out.append(line(name[5:], first[name], last[name], level) + (f'   raw pixels {raw:.3f}' if raw else ''))
   return out
 
 
+def tested(found: dict) -> list[str]:
+  """Lines of eval/test.json: every score beside that of a predictor without an input and of raw pixels."""
+  score = lambda name: [found['scores'].get(name), found['control'].get(f'chance/{name}'),
+                        found['control'].get(f'raw/{name}')]
+  title = f'{found["cases"]} test cases'
+  rows = [f'{title:28}{"test":>9}{"chance":>9}{"raw pix.":>9}']
+  for name in found['scores']:
+    rows.append(f'{name:28}' + ''.join(f'{"-":>9}' if v is None else f'{v:9.3f}' for v in score(name)))
+  return rows
+
+
 def show(folder, method, tests: int = 0) -> None:
-  """Prints the folder, the table and the newest picture files."""
+  """Prints the folder, the table, the scores of a test, and the picture files."""
   metrics = rows(folder)
   print(f'\nrun folder: {folder}')
   print('\n'.join(table(metrics, {n: p.chance for n, p in method.phases.items()}, tests)))
-  pictures = sorted((epath.Path(folder) / 'report').glob('*.png'))
+  test = epath.Path(folder) / 'eval' / 'test.json'
+  if test.exists():
+    print('\n'.join(tested(json.loads(test.read_text()))))
+  pictures = sorted(p for place in ('report', 'eval') for p in (epath.Path(folder) / place).glob('*.png'))
   print('pictures: ' + ', '.join(str(p) for p in pictures))

@@ -2,30 +2,32 @@
 
 The operations and their order are those of the released code (batchgenerators transforms with the slices
 as channels); what they draw comes as parameters, so that a view is a pure function. All intensities are
-HU / 1024. numpy in, numpy out; jax in, jax out.
+HU / 1024, or of MR z-scores, stored as 1024 z. numpy in, numpy out; jax in, jax out.
 """
 import numpy as np
 
 from unimiss_jax.drr.geometry import array_namespace
 from unimiss_jax.views import matrices
 
-SCALE = 1024.                # HU per unit of intensity
+SCALE = 1024.                # HU, or stored number, per unit of intensity
 HU_RANGE = -1024, 3071       # 12 bits: what lies outside is padding or metal
 TRUNCATE = 4.                # of the Gaussian, in sigmas
 
 
-def view(volume, params, cfg):
-  """One augmented view `[D, H, W]` float32 of a volume `[D', H', W']` in HU.
+def view(volume, params, cfg, pad=None):
+  """One augmented view `[D, H, W]` float32 of a volume `[D', H', W']` in HU, or of stored z-scores.
 
   Args:
-    volume: HU, any number type.
+    volume: any number type.
     params: of one view, as `data_pipelines.draw` makes them:
       box_start, box_size `[3]` in voxels (what lies outside the volume is cfg.pad_hu), flip `[3]`,
       noise_std, noise_key `[2]` uint32, and per output slice `[D]`: blur_sigma, mul, add, contrast, gamma,
       whose neutral values are 0, 1, 0, 1, 1.
     cfg: the leaves views.ct (size, resize, pad_hu, aug_unit, gamma_stats, blur_sigma).
+    pad: what lies outside of a volume of z-scores; None: the volume is HU.
   """
-  x = crop_resize(volume, params['box_start'], params['box_size'], params['flip'], cfg.size, cfg.resize, cfg.pad_hu)
+  pad, limits = (cfg.pad_hu, HU_RANGE) if pad is None else (pad, None)
+  x = crop_resize(volume, params['box_start'], params['box_size'], params['flip'], cfg.size, cfg.resize, pad, limits)
   x = noise(x, params['noise_std'], params['noise_key'])
   x = blur(x, params['blur_sigma'], cfg.blur_sigma[1])
   x = x * _column(params['mul'])
@@ -34,16 +36,17 @@ def view(volume, params, cfg):
   return gamma(x, params['gamma'], cfg.aug_unit, cfg.gamma_stats)
 
 
-def crop_resize(volume, start, size, flip, out, kind: str, pad_hu: float):
-  """The box of a volume, `[*out]` float32 in HU / 1024; HU are clipped to -1024 ... 3071.
+def crop_resize(volume, start, size, flip, out, kind: str, pad: float, limits=HU_RANGE):
+  """The box of a volume, `[*out]` float32, divided by 1024.
 
   Args:
-    volume: `[D', H', W']` HU.
+    volume: `[D', H', W']`.
     start, size: `[3]` in voxels; the box may reach beyond the volume.
     flip: `[3]` booleans.
     out: shape of the view.
     kind: 'linear' or 'area'.
-    pad_hu: value beyond the volume.
+    pad: value beyond the volume.
+    limits: that values are clipped to; None: they are not.
   """
   xp = array_namespace(volume, start, size, flip)
   if xp is np:    # only what the box sees
@@ -54,11 +57,11 @@ def crop_resize(volume, start, size, flip, out, kind: str, pad_hu: float):
   whole_slices = xp is np and volume.shape[0] == size[0] == out[0]
   if whole_slices and flip[0]:
     volume = volume[::-1]
-  x = xp.clip(volume, *HU_RANGE).astype(np.float32)
-  x -= np.float32(pad_hu)    # with the padding as zero, voxels beyond the volume need not exist
+  x = (volume if limits is None else xp.clip(volume, *limits)).astype(np.float32)
+  x -= np.float32(pad)    # with the padding as zero, voxels beyond the volume need not exist
   x = matrices.right(matrices.left(maps[1] / np.float32(SCALE), x), maps[2])
   x = x if whole_slices else xp.tensordot(maps[0], x, 1)
-  x += np.float32(pad_hu / SCALE)
+  x += np.float32(pad / SCALE)
   return x
 
 
