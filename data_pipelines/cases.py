@@ -63,7 +63,8 @@ def _volumes(record, params, config) -> np.ndarray:    # [V, D, H, W, C]
   return normalised(sample.volumes(record, params, config), config.task, volume.SCALE)
 
 
-def pictures(record, params, config) -> np.ndarray:   # [V, h, w, 3]
+def pictures(record, params, config) -> np.ndarray:
+  """Views [V, h, w, 3] of a radiograph with these parameters, normalised as the task wants them."""
   x = np.stack([image.view(record['image'], p, config.views.xray) for p in sample.each(params)])[..., None]
   return np.repeat(normalised(x, config.task, 1.), 3, -1)
 

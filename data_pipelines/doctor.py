@@ -139,7 +139,7 @@ def examine(source, *, workers: int | None = None, format: str = 'auto', modalit
   source = os.fspath(source)
   jobs, findings, ignored = jobs_of(source, format, as_image, options)
   if ends:
-    jobs, left = _joined(jobs, ends)
+    jobs, left = joined(jobs, ends)
     ignored = ', '.join(text for text in (ignored, left) if text)
   jobs = [_completed(job, modality, format, as_image, pictures, licence)._replace(resample_gaps=resample_gaps)
           for job in jobs]
@@ -191,7 +191,7 @@ def _found(source: str, format: str, as_image: bool, options: entries.Options
   return [Job(row, item, fault) for row, (_, _, item, fault) in zip(rows, samples)], findings, found.others
 
 
-def _joined(jobs: list[Job], ends) -> tuple[list[Job], str]:
+def joined(jobs: list[Job], ends) -> tuple[list[Job], str]:
   """Volumes as samples of several sequences, and what was left out."""
   kept = {j.row['id']: j for j in jobs if j.fault or j.row['kind'] != 'volume'}
   rows, left = sequences.of_rows([j.row for j in jobs if j.row['id'] not in kept], ends)

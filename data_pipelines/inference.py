@@ -30,6 +30,7 @@ class Sample(NamedTuple):
     kind: 'volume' or 'image'.
     item: its files, where they were found already.
     fault: why it cannot be used, where that is known already.
+    paths: of all its sequences, where it has several.
     root, rows: a prepared folder and the rows of its manifest that make up this sample.
   """
   id: str
@@ -37,6 +38,7 @@ class Sample(NamedTuple):
   kind: str
   item: readers.Item | None = None
   fault: DataError | None = None
+  paths: tuple[str, ...] = ()
   root: str = ''
   rows: tuple = ()
 
@@ -52,6 +54,7 @@ class How(NamedTuple):
     spacing_mm: (z, y, x) that volumes are resampled to; 0 = as they are.
     tile: slices of a record, 0 = all.
     frame: which volume of a 4-D file; None = such files are refused.
+    channels: sequences of a volume.
   """
   volume: Any
   image: Any
@@ -59,6 +62,7 @@ class How(NamedTuple):
   spacing_mm: tuple = (0., 0., 0.)
   tile: int = tiles.TILE
   frame: int | None = None
+  channels: int = 1
 
 
 class Seen(NamedTuple):
@@ -66,7 +70,7 @@ class Seen(NamedTuple):
 
   Attributes:
     boxes: at least one, in voxels of the whole canonical scan (at the spacing that it was resampled to), or in pixels.
-    view: number of a box -> float32 [D, H, W, 1] or [h, w, 3].
+    view: number of a box -> float32 [D, H, W, C] or [h, w, 3].
     warnings: finished one-line texts.
   """
   boxes: list[Box]
@@ -76,29 +80,34 @@ class Seen(NamedTuple):
 
 # ---- what there is
 
-def listed(source: str, every_frame: bool = False) -> tuple[list[Sample], list[str]]:
+def listed(source: str, every_frame: bool = False, ends: tuple[str, ...] = ()) -> tuple[list[Sample], list[str]]:
   """All samples of whatever the doctor takes, or of a prepared folder, and lines on what cannot become one.
 
   Args:
     source: folder, glob pattern, list, manifest.
     every_frame: each volume of a 4-D NIfTI file is a sample.
+    ends: of the names of the sequences of a scan, see sequences.py.
 
   Raises:
     DataError: EMPTY_DIR, and those of importers.rows.
   """
   jobs, findings, ignored = doctor.jobs_of(source, 'auto', False, entries.Options(lost=True))
+  if ends:
+    jobs, left = doctor.joined(jobs, ends)
+    ignored = ', '.join(text for text in (ignored, left) if text)
   root = source if epath.Path(source).is_dir() else os.path.dirname(source)
   samples, scans = [], collections.defaultdict(list)
   for job in jobs:
     row = job.row
-    made = Sample(row['id'], row['path'], row['kind'], job.item, job.fault or _unusable(row))
+    made = Sample(row['id'], row['path'], row['kind'], job.item, job.fault or _unusable(row),
+                  paths=tuple(row.get('paths', ())))
     if made.fault or 'record' not in row:
       samples.append(made)
     elif row['kind'] == 'image':
       samples.append(made._replace(root=root, rows=(row,)))
     else:
       scans[row['volume_id']].append(row)
-  samples += [Sample(name, rows[0]['path'], 'volume', None, None, root, tuple(rows)) for name, rows in scans.items()]
+  samples += [Sample(name, rows[0]['path'], 'volume', root=root, rows=tuple(rows)) for name, rows in scans.items()]
   if every_frame:
     samples = [part for sample in samples for part in _frames(sample)]
   return samples, [f.line for f in findings] + [f'ignored: {ignored}'] * bool(ignored)
@@ -118,7 +127,7 @@ def _frames(sample: Sample) -> list[Sample]:
   if sample.kind != 'volume' or sample.fault or sample.rows:
     return [sample]
   try:
-    item = sample.item or readers.item(sample.path, 'volume')
+    item = _item(sample)
   except DataError as e:
     return [sample._replace(fault=e)]
   count = math.prod(_further(item)) if _further(item) else 0
@@ -127,9 +136,14 @@ def _frames(sample: Sample) -> list[Sample]:
           for n in range(count)] or [sample]
 
 
+def _item(sample: Sample) -> readers.Item:
+  return sample.item or readers.of_row({'path': sample.path, 'paths': sample.paths, 'kind': sample.kind})
+
+
 def _further(item: readers.Item) -> tuple[int, ...]:
   """Lengths of the axes of a NIfTI file beyond the third, if the path does not say which volume is meant."""
-  return nifti.frames(item.path) if item.format == 'nifti' and '::' not in item.path else ()
+  whole = item.format == 'nifti' and '::' not in item.path and not item.further
+  return nifti.frames(item.path) if whole else ()
 
 
 # ---- one sample
@@ -178,7 +192,7 @@ def _image(sample: Sample, config) -> Seen:
     found = _record(sample.root, sample.rows[0])
     array, warnings = found['image'], []
   else:
-    found = readers.image(sample.item or sample.path)
+    found = readers.image(_item(sample))
     array, warnings, mode = found.array, list(found.meta['warnings']), found.meta['mode']
     if not mode.startswith(GREY):
       warnings.append(f'WARN MODE {sample.path}: {mode} X-ray converted to gray')
@@ -195,6 +209,10 @@ def _volume(sample: Sample, how: How) -> Seen:
     raise DataError('DIMENSION', sample.path, 'volume given to a 2D-only encoder',
                     'take weights that know 3D volumes, or give images alone')
   scan = _together(sample) if sample.rows else _read(sample, how)
+  count = scan.volume.shape[0] if scan.volume.ndim == 4 else 1
+  if count != how.channels:
+    raise DataError('SEQUENCES', sample.path, f'{count} sequences of a scan, the encoder was trained on {how.channels}',
+                    'say by --sequences which files belong together')
   boxes = windows.cover(scan.volume.shape[-3:], cfg, _tile(how))
   kept = boxes if how.modality != 'ct' else [b for b in boxes if windows.holds_body(scan.volume, b)]
   if not kept:
@@ -212,7 +230,7 @@ def _tile(how: How) -> int:
 
 
 def _read(sample: Sample, how: How) -> tiles.Scan:
-  item = sample.item or readers.item(sample.path, 'volume')
+  item = _item(sample)
   if further := _further(item):
     if how.frame is None:
       raise DataError('NDIM', item.path, f'{3 + len(further)}-D NIfTI with {math.prod(further)} volumes',

@@ -114,7 +114,7 @@ def _file(path, branch, allow, in_chans, given) -> Weights:
   parts = convert.split(tensors, branch or 'student')
   arch = architectures.of_config(model['arch']) if model else None
   if arch is None and given and parts['backbone']:
-    arch = convert.infer_arch(parts['backbone']) | architectures.of_config(given)
+    arch = convert.inferred(parts['backbone'], in_chans) | architectures.of_config(given)
   params, arch = convert.load(parts, arch, allow, in_chans)
   if 'backbone' not in params:
     raise PortingError('holds no backbone')

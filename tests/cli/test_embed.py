@@ -2,11 +2,13 @@
 import csv
 import io
 import json
+import logging
 import re
 import subprocess
 import sys
 
 import jax
+import jax.numpy as jnp
 import nibabel as nib
 import numpy as np
 import pytest
@@ -29,14 +31,25 @@ OUTPUT = {'views.ct.extent': 'output', 'views.ct.resize': 'linear'}
 MM = (2., 1., 1.)
 
 
-@pytest.fixture(scope='module')
-def params():
+@pytest.fixture(autouse=True)
+def no_log_to_a_closed_stream():
+  yield
+  logging.getLogger().handlers = [h for h in logging.getLogger().handlers if type(h) is not logging.StreamHandler]
+
+
+def numbers(config):
+  """Parameters of a network, at random."""
   rng = np.random.default_rng(0)
-  shapes = architectures.shapes(models.build(tiny.config().model))
+  shapes = architectures.shapes(models.build(config.model))
   return unflatten_dict({path: np.float32(rng.standard_normal(shape) / max(np.prod(shape[:-1]), 1)**.5
                                           if path[-1] == 'kernel' else
                                           .1 * rng.standard_normal(shape) + (path[-1] == 'scale'))
                          for path, shape in shapes.items()})
+
+
+@pytest.fixture(scope='module')
+def params():
+  return numbers(tiny.config())
 
 
 @pytest.fixture(scope='module')
@@ -50,19 +63,22 @@ def saved(params, tmp_path_factory):
   return folder
 
 
+def exported(folder, config, params):
+  """What export writes, as far as embed looks at it: read ten times faster than a run."""
+  file = folder / 'model.safetensors'
+  if not file.exists():
+    fields = architectures.fields(architectures.of_config(config.model.to_dict()))
+    torch_files.write(file, porting.to_torch({'backbone': params}), {'arch': fields})
+  about = {'sha': torch_files.sha(file), 'branch': 'student', 'preprocessing': card.contract(config.to_dict())}
+  (folder / 'config.json').write_text(json.dumps(about))
+  return folder
+
+
 @pytest.fixture(scope='module')
 def run(params, tmp_path_factory):
-  """config -> an exported folder of a run with it: read ten times faster than the run."""
+  """config -> an exported folder of a run with it."""
   folder = tmp_path_factory.mktemp('export')
-  fields = architectures.fields(architectures.of_config(tiny.config().model.to_dict()))
-  torch_files.write(folder / 'model.safetensors', porting.to_torch({'backbone': params}), {'arch': fields})
-  sha = torch_files.sha(folder / 'model.safetensors')
-
-  def of(config):
-    about = {'sha': sha, 'branch': 'student', 'preprocessing': card.contract(config.to_dict())}
-    (folder / 'config.json').write_text(json.dumps(about))
-    return folder
-  return of
+  return lambda config: exported(folder, config, params)
 
 
 @pytest.fixture(scope='module')
@@ -282,6 +298,29 @@ def test_every_form_of_the_weights(tmp_path, run, saved, capsys):
   assert np.abs(teacher['embedding'] - want['embedding']).max() > 1e-3
 
 
+def test_weights_of_half_precision_and_of_other_channels(tmp_path, run, capsys):
+  picture(tmp_path / 'a.png')
+  tensors = torch_files.read(run(tiny.config()) / 'model.safetensors')
+  told = {'arch': torch_files.recorded(run(tiny.config()) / 'model.safetensors')['arch']}
+  for dtype in ('bfloat16', 'float32'):      # of the same numbers
+    half = {n: a.astype(jnp.bfloat16).astype(dtype) for n, a in tensors.items()}
+    torch_files.write(tmp_path / f'{dtype}.safetensors', half, told)
+  got, want = (made(tmp_path, tmp_path / f'{d}.safetensors', tmp_path / 'a.png') for d in ('bfloat16', 'float32'))
+  np.testing.assert_array_equal(got['embedding'], want['embedding'])
+  torch_files.write(tmp_path / 'whole.safetensors', tensors)
+  stem, last = 'backbone.transformer.ConvBlock2D0.0.conv.weight', 'backbone.recon_conv2D.'
+  torch_files.write(tmp_path / 'grey.safetensors', tensors | {stem: tensors[stem].sum(1, keepdims=True)} | {
+      n: a[:1] for n, a in tensors.items() if n.startswith(last)})
+  heads = '--arch={"num_heads": [1, 1, 1, 1], "decoder_heads": [1, 1, 1]}'
+  capsys.readouterr()
+  made(tmp_path, tmp_path / 'grey.safetensors', tmp_path / 'a.png', heads, code=1)
+  error = capsys.readouterr().err
+  assert 'input has 3 channels: expected 1 for 2-D inputs. FIX: ' in error and error.count('\n') == 1
+  got = made(tmp_path, tmp_path / 'grey.safetensors', tmp_path / 'a.png', heads, '--in_chans=sum')
+  want = made(tmp_path, tmp_path / 'whole.safetensors', tmp_path / 'a.png', heads)
+  np.testing.assert_allclose(got['embedding'], want['embedding'], rtol=0, atol=1e-5)      # of a grey picture
+
+
 def test_a_real_export_carries_the_preprocessing(tmp_path, saved, monkeypatch):
   pytest.importorskip('torch')
   from unimiss_jax.cli import export
@@ -389,6 +428,31 @@ def test_other_modalities_have_no_air(tmp_path, run, capsys):
   made(tmp_path, ckpt, tmp_path / 'a.nii.gz', code=1)
   assert 'ERROR HU_UNCALIBRATED' in capsys.readouterr().err and not (tmp_path / 'e.npz').exists()
   assert made(tmp_path, ckpt, tmp_path / 'a.nii.gz', '--modality=other')['tiles'].tolist() == [8]
+
+
+def test_sequences_of_mr_are_the_channels_that_training_saw(tmp_path, capsys):
+  """z-scores of what is not 0, between its 0.5 and 99.5 percentiles, stored to 1/1024; joined by the ends of names."""
+  config = tiny.config(**OUTPUT, **{'data.modality': 'mr', 'data.sequences': '_t1,_flair', 'model.in_channels': (3, 2)})
+  network, folder = numbers(config), tmp_path / 'mr'
+  folder.mkdir()
+  ckpt, channels = exported(folder, config, network), []
+  for seed, end in enumerate(('t1', 'flair')):
+    values = np.random.default_rng(seed).integers(0, 900, (16, 64, 64)).astype(np.int16)
+    values[:, :8] = 0
+    write(tmp_path / 'data' / f'a_{end}.nii.gz', values)
+    inside = values[values != 0].astype(float)
+    limits = np.percentile(inside, (.5, 99.5))
+    inside = inside.clip(*limits)
+    channels.append(np.rint(1024 * (values.clip(*limits) - inside.mean()) / inside.std()) / 1024)
+  write(tmp_path / 'data' / 'b_t1.nii.gz', values)
+  got = made(tmp_path, ckpt, tmp_path / 'data')
+  module = models.build(config.model)
+  want = jax.jit(lambda x: module.apply({'params': network}, x).embedding)(np.float32(np.stack(channels, -1))[None])
+  np.testing.assert_allclose(got['embedding'][:1], want, rtol=0, atol=1e-3)
+  assert got['status'].tolist() == ['ok', 'SEQUENCES'] and 'nothing beside it ends in _flair' in got['reason'][1]
+  capsys.readouterr()
+  made(tmp_path, ckpt, tmp_path / 'data' / 'b_t1.nii.gz', '--sequences=', code=1)
+  assert '1 sequences of a scan, the encoder was trained on 2. FIX: say by --sequences' in capsys.readouterr().err
 
 
 @pytest.mark.parametrize('kind, text', [

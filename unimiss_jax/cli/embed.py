@@ -11,13 +11,13 @@ from functools import cache, partial
 
 import numpy as np
 
-from data_pipelines import files
+from data_pipelines import files, judgement
+from data_pipelines import sequences as together
 from data_pipelines.command import Parser, fail
 from data_pipelines.errors import DataError
 from unimiss_jax.cli import arguments
 from unimiss_jax.cli.embed_table import SUFFIXES, Table
 
-MODALITIES = 'ct', 'mr', 'other'
 SHOWN = 3      # warnings of one code; all are in the table
 USAGE = ('python -m unimiss_jax.cli.embed --ckpt=ANY --data=DIR|LIST --out=FILE.npz|FILE.csv [--per_tile] '
          '[--branch=teacher] [--batch=N] [--workers=N] [--modality=ct|mr|other] [--frame=N|all]')
@@ -33,8 +33,9 @@ def main(argv=None) -> int:
   p.add_argument('--batch', type=int, default=8, help='tiles or images that the network is given at a time')
   p.add_argument('--workers', type=int, default=2, help='files that are in memory at a time, the one that is embedded '
                  'among them; more read small files faster')
-  p.add_argument('--modality', default='', choices=('', *MODALITIES), help='of volumes; ct refuses values that are no '
-                 'HU and leaves out tiles of air; as trained')
+  p.add_argument('--modality', default='', choices=('', *judgement.MODALITIES), help='of volumes; ct refuses values '
+                 'that are no HU and leaves out tiles of air; as trained')
+  p.add_argument('--sequences', default=None, help=together.FLAG + '; as trained')
   p.add_argument('--frame', type=_frame, default=None, help='of 4-D NIfTI files: a number, or all = a row for each')
   p.add_argument('--spacing', type=_spacing, default=None, help='z,y,x in mm to resample volumes to, where the data of '
                  'training were prepared with such; 0 = as in the file')
@@ -54,8 +55,8 @@ def main(argv=None) -> int:
   from unimiss_jax.porting.errors import PortingError
   try:
     table = embed(f.ckpt, f.data, f.out, per_tile=f.per_tile, branch=f.branch, batch=f.batch, workers=f.workers,
-                  modality=f.modality, frame=f.frame, spacing_mm=f.spacing, tile=f.tile, allow=f.allow,
-                  in_chans=f.in_chans, arch=f.arch)
+                  modality=f.modality, sequences=f.sequences, frame=f.frame, spacing_mm=f.spacing, tile=f.tile,
+                  allow=f.allow, in_chans=f.in_chans, arch=f.arch)
   except KeyboardInterrupt:
     return fail('interrupted; nothing was written', 130)
   except Exception as e:
@@ -78,8 +79,8 @@ def _spacing(text: str) -> tuple:
   return z, y, x
 
 
-def embed(ckpt, data, out, *, per_tile=False, branch='', batch=8, workers=2, modality='', frame=None, spacing_mm=None,
-          tile=None, allow=(), in_chans='strict', arch=None) -> Table:
+def embed(ckpt, data, out, *, per_tile=False, branch='', batch=8, workers=2, modality='', sequences=None, frame=None,
+          spacing_mm=None, tile=None, allow=(), in_chans='strict', arch=None) -> Table:
   """Writes the embeddings of all samples of `data`; the arguments are the flags above.
 
   Returns:
@@ -94,8 +95,8 @@ def embed(ckpt, data, out, *, per_tile=False, branch='', batch=8, workers=2, mod
   files.single_threaded_blas()
   found = weights.read(ckpt, branch, ['decoder', 'head', *allow], in_chans, arch)
   network, about = _network(found, batch)
-  how = _how(found, about, modality, None if frame == 'all' else frame, spacing_mm, tile)
-  samples, lines = inference.listed(data, frame == 'all')
+  how, ends = _how(found, about, modality, sequences, None if frame == 'all' else frame, spacing_mm, tile)
+  samples, lines = inference.listed(data, frame == 'all', ends)
   for line in lines:
     files.say(line)
   table = Table(out, network.width, per_tile, about)
@@ -143,10 +144,19 @@ def _network(found, batch: int):
   if not recorded:
     logging.warning('%s does not record its preprocessing: assuming that of preset plain, %s', found.source,
                     json.dumps(views))
+  module = architectures.model(found.arch)
+  inputs = {kind: (tuple(v['size']), module.in_channels[1]) if kind == 'volume' else ((v['size'],) * 2, 3)
+            for kind, v in views.items()}
+  for kind, (size, channels) in inputs.items():
+    try:
+      module.check(size, channels)
+    except ValueError as e:
+      raise PortingError(f'{found.source}, {kind}s: {e}. FIX: of a file with other channels, --in_chans=sum or '
+                         '--in_chans=repeat') from e
   encoder = {'transformer': found.params['backbone']['transformer']}
   about = {'checkpoint': found.source, 'branch': found.branch, 'weights_hash': weights_hash(encoder), 'arch': fields,
            'views': views, 'recorded': recorded}
-  return Network(architectures.model(found.arch), encoder, batch), about
+  return Network(module, encoder, batch), about
 
 
 def weights_hash(encoder) -> str:
@@ -155,11 +165,11 @@ def weights_hash(encoder) -> str:
   digest = hashlib.blake2b(digest_size=16)
   for name, tensor in sorted(named_leaves(encoder).items()):
     digest.update(f'{name} {tensor.shape} {tensor.dtype}'.encode())
-    digest.update(np.ascontiguousarray(tensor))
+    digest.update(tensor.tobytes())
   return digest.hexdigest()
 
 
-def _how(found, about, modality, frame, spacing_mm, tile):
+def _how(found, about, modality, sequences, frame, spacing_mm, tile):
   """What inference.py needs, from the checkpoint where the flags do not say otherwise; noted in `about`."""
   from ml_collections import ConfigDict
 
@@ -167,11 +177,12 @@ def _how(found, about, modality, frame, spacing_mm, tile):
   volume, image = (ConfigDict(about['views'][kind]) if kind in about['views'] else None for kind in ('volume', 'image'))
   used = {'modality': modality or (volume.modality if volume else 'ct'),
           'spacing_mm': spacing_mm or tuple(volume.spacing_mm if volume else (0., 0., 0.)),
-          'tile': tiles.TILE if tile is None else tile, 'frame': frame}
-  about |= used
+          'tile': tiles.TILE if tile is None else tile, 'frame': frame, 'channels': about['arch']['in_channels'][1]}
+  ends = together.parse((volume.sequences if volume else '') if sequences is None else sequences)
+  about |= used | {'sequences': ends}
   known = [text for text, there in (('volumes', volume), ('images', image)) if there]
   logging.info('%s%s: encoder of %s', found.source, f' ({found.branch})' * bool(found.branch), ' and '.join(known))
-  return inference.How(volume, image and ConfigDict({'views': {'xray': image}, 'task': image}), **used)
+  return inference.How(volume, image and ConfigDict({'views': {'xray': image}, 'task': image}), **used), ends
 
 
 @cache

@@ -62,9 +62,7 @@ def load(parts, arch=None, allow=(), in_chans='strict') -> tuple[dict, dict | No
   params, width = {}, None
   if parts['backbone']:
     if arch is None:
-      arch = infer_arch(parts['backbone'])
-      if in_chans != 'strict':
-        arch['in_channels'] = MiTPlus.in_channels
+      arch = inferred(parts['backbone'], in_chans)
     module = architectures.model(arch)
     if in_chans != 'strict':
       _adapt_channels(parts['backbone'], module.in_channels, in_chans)
@@ -75,6 +73,11 @@ def load(parts, arch=None, allow=(), in_chans='strict') -> tuple[dict, dict | No
   if not params:
     raise PortingError('no tensors given')
   return params, arch
+
+
+def inferred(tensors, in_chans: str) -> dict:
+  """The fields that a backbone's tensors show, for the channels that they will have. Raises PortingError."""
+  return infer_arch(tensors) | ({} if in_chans == 'strict' else {'in_channels': MiTPlus.in_channels})
 
 
 def to_torch(params, arch=None) -> dict:

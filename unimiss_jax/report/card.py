@@ -12,7 +12,7 @@ UNKNOWN = 'not recorded in the file that the weights came from'
 NO_TASK = {'clip': (0., 0.), 'normalise': (0., 0.), 'spacing_mm': (0., 0., 0.)}      # a run that is not fine-tuning
 # views.ct and views.xray of preset `plain`, for weights that do not say what they were trained on.
 PLAIN = {'volume': {'size': (16, 96, 96), 'extent': 'output', 'resize': 'linear', 'pad_hu': -1024, 'record': 'tile',
-                    'modality': 'ct', **NO_TASK},
+                    'modality': 'ct', 'sequences': '', **NO_TASK},
          'image': {'size': 96, 'ratio': (3 / 4, 4 / 3), 'resize': 'bicubic', 'clip': (0., 0.), 'normalise': (0., 0.)}}
 LOSSES_2D = 'drr', 'recon_drr', 'pair_nce', 'slice'      # of the CT phase, that look at images
 LOSSES = ('ct', 'drr', 'slice', 'xray', 'recon_ct', 'recon_drr', 'recon_xray', 'nce', 'pair_nce')
@@ -61,7 +61,7 @@ def contract(config: dict) -> dict:
         'crop': _ct_crop(views['ct']),
         'view': {k: views['ct'][k] for k in ('size', 'extent', 'resize', 'pad_hu')} | common | {
             'record': 'scan' if 'task' in config else 'tile', 'modality': data['modality'],
-            'spacing_mm': task['spacing_mm']}}
+            'sequences': data.get('sequences', ''), 'spacing_mm': task['spacing_mm']}}
   if config['phases']['xray'] or config['phases']['ct'] and any(map(config.get('loss', {}).get, LOSSES_2D)):
     of = views['xray' if config['phases']['xray'] else 'drr']
     out['image'] = {
