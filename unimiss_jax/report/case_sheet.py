@@ -71,5 +71,8 @@ def segmentation(rows, classes, exclusive: bool) -> Image.Image:
     pen.text((sheets.GAP, y + 2), title, fill=(255, 255, 255))
     for k, mask in enumerate((None, *masks)):
       mask = np.zeros_like(masks[0]) if mask is None else mask
-      out.paste(overlay(shown, mask, len(classes), exclusive, aspect), (sheets.GAP + k * step, y + line))
+      made = overlay(shown, mask, len(classes), exclusive, aspect)
+      out.paste(made, (sheets.GAP + k * step, y + line))
+      for letter, x in (('R', 2), ('L', made.width - 9)) if image.ndim == 3 else ():
+        pen.text((sheets.GAP + k * step + x, y + line + 1), letter, fill=(255, 255, 255))
   return out
