@@ -140,3 +140,15 @@ def test_a_shifted_box_is_as_far_as_it_was_shifted():
   a[4:14, 4:14, 4:14] = True
   assert segmentation.hd95(np.roll(a, 3, 0), a, (2., 1., 1.)) == pytest.approx(6.)
   assert segmentation.nsd(np.roll(a, 3, 0), a, (2., 1., 1.), 6.) == 1
+
+
+def test_a_share_that_is_reached_but_for_the_last_digit_is_reached():
+  area = np.r_[np.full(19, 1 / 3), 1 / 3]
+  assert surface.percentile(np.arange(20.), area, .95) == 18.
+
+
+def test_a_small_volume_is_filled_up_with_its_least_value():
+  seen = []
+  x = np.full((4, 4, 1), 7., np.float32)
+  segmentation.sliding_window(lambda a: seen.append(a.copy()) or a, x - 8 * np.eye(4)[..., None], (8, 8), .5)
+  assert seen[0].min() == -1 and (seen[0][0, :2] == -1).all()

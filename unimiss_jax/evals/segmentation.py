@@ -19,8 +19,8 @@ SIGMA = 1 / 8      # of the patch
 def sliding_window(predict, volume, patch, overlap: float, mirror=(), batch: int = 1) -> np.ndarray:
   """The mean of what is predicted for every place by all windows that cover it.
 
-  Memory: the result, one row of windows, one batch. An axis that is shorter than the patch is padded with zeros on both
-  sides, and cut back.
+  Memory: the result, one row of windows, one batch. An axis that is shorter than the patch is padded on both sides with
+  the least value (air, of a CT), and cut back.
 
   Args:
     predict: [N, *patch, C] -> [N, *patch, K], called with N = `batch` always (rows are repeated in the last call).
@@ -49,7 +49,8 @@ def sliding_window(predict, volume, patch, overlap: float, mirror=(), batch: int
   lacking = [max(p - s, 0) for p, s in zip(patch, size)]
   kept = tuple(slice(a // 2, a // 2 + s) for a, s in zip(lacking, size))
   if any(lacking):
-    volume = np.pad(volume, [(a // 2, a - a // 2) for a in lacking] + [(0, 0)])
+    pads = [(a // 2, a - a // 2) for a in lacking] + [(0, 0)]
+    volume = np.pad(volume, pads, constant_values=volume.min())
   axes = [_windows(*a, overlap) for a in zip(volume.shape, patch)]
   flips = [tuple(slice(None, None, -1 if a in flipped else 1) for a in range(n))
            for k in range(len(mirror) + 1) for flipped in itertools.combinations(mirror, k)]

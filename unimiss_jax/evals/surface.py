@@ -11,6 +11,8 @@ import math
 import numpy as np
 from scipy.spatial import cKDTree
 
+ROUNDING = 1e-12      # a share that is reached but for the last digit is reached
+
 
 def distances(pred, truth, spacing_mm) -> list[tuple[np.ndarray, np.ndarray]]:
   """Of the elements of `pred`, then of `truth`: distances to the nearest element of the other, and areas.
@@ -50,7 +52,7 @@ def percentile(distance, area, share: float) -> float:
   """The distance within which `share` of the area lies. [N], [N], N > 0."""
   order = np.lexsort((area, distance))
   reached = np.cumsum(area[order]) / np.sum(area[order])
-  return float(distance[order[min(np.searchsorted(reached, share), len(order) - 1)]])
+  return float(distance[order[min(np.searchsorted(reached, share - ROUNDING), len(order) - 1)]])
 
 
 def _box(mask) -> tuple:
