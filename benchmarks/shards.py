@@ -103,7 +103,7 @@ def small(folder, count) -> None:
                     'spacing_mm': np.float32([3, 2, 2])})
     writer.close()
   records.finish(folder, 'ct', {'train': lengths}, {'train': count}, 'small')
-  manifest.write(folder, [{'id': 'all', 'path': 'x', 'kind': 'subvolume', 'split': 'train'}])
+  manifest.write(folder, [{'id': 'all', 'path': 'x', 'kind': 'subvolume', 'split': 'train'}], shards={})
 
 
 # ---- memory of doctor and prepare

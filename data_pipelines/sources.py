@@ -3,9 +3,8 @@
 CT record: volume int16 [D, H, W] = [S, A, R] HU, spacing_mm (z, y, x), index, name, bad; with whole=True also
 whole (the whole scan, reduced to about 3 mm) and whole_spacing_mm. Of data.modality=mr or other: volume int16
 [C, D, H, W] of C sequences, with their scale, offset and pad float32 [C] (intensities.py). X-ray record: image uint8
-or uint16 [H, W], index, group, name, bad. Records of one scan share their group. `bad`: the file of record `index`
-failed after the start, and this is the next good one.
-Decoded files stay in a bounded cache.
+or uint16 [H, W], index, group, name, bad. Records of one scan, or of one group of a manifest, share their group.
+`bad`: the file of record `index` failed after the start, and this is the next good one. Decoded files stay in a bounded cache.
 """
 import collections
 import functools
@@ -338,7 +337,7 @@ def _named(rows, kind: str) -> tuple[readers.Found, list[dict]]:
   for row in rows:
     try:
       items.append(readers.of_row(row | {'kind': kind}))
-      mine.append(row)
+      mine.append({k: row[k] for k in ('id', 'group', 'sha') if k in row})    # worker processes get them, too
     except DataError as e:
       faults.append(e)
   return readers.Found(items, '', faults), mine
