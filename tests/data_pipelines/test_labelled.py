@@ -249,11 +249,11 @@ def test_a_palette_keeps_its_numbers_and_a_picture_turned_by_exif_its_mask(tmp_p
 
 def test_a_picture_that_is_reduced_to_a_square(tmp_path):
   """Which side of the file is longer cannot be asked of it."""
-  rows = radiographs(tmp_path, 1, (1201, 1200))
+  rows = radiographs(tmp_path, 1, (1200, 1201))
   tests = cases.of(seg2d(tmp_path, rows), 'test')
   assert tests.record(0)['image'].shape == (512, 512)
   tests.save(0, tests.record(0)['mask'], tmp_path)
-  assert np.asarray(Image.open(tmp_path / '2_lung.png')).shape == (1201, 1200)
+  assert np.asarray(Image.open(tmp_path / '2_lung.png')).shape == (1200, 1201)
 
 
 @pytest.mark.parametrize('what, message', [
