@@ -69,13 +69,18 @@ def labels(path, of: Radiograph) -> np.ndarray:
     if (array != array[..., :1]).any():
       raise DataError('MASK_VALUE', path, 'is coloured', 'store one number a pixel')
     array = array[..., 0]
+  height, width = upright(of)
+  if array.shape != (height, width):
+    raise DataError('MASK_GRID', path, f'{array.shape[1]} x {array.shape[0]} pixels, its image {width} x {height}',
+                    'resample it on the pixels of its image')
+  return array.astype(np.int32)
+
+
+def upright(of: Radiograph) -> tuple[int, int]:
+  """(height, width) of the file of a radiograph, turned as EXIF says; `read` may have reduced it."""
   width, height = of.meta['size']
   turned = (height - width) * (of.array.shape[0] - of.array.shape[1]) < 0
-  upright = (width, height) if turned else (height, width)
-  if array.shape != upright:
-    raise DataError('MASK_GRID', path, f'{array.shape[1]} x {array.shape[0]} pixels, its image {upright[1]} x '
-                    f'{upright[0]}', 'resample it on the pixels of its image')
-  return array.astype(np.int32)
+  return (width, height) if turned else (height, width)
 
 
 def check(path) -> None:

@@ -44,7 +44,7 @@ class _Labelled:
 
   def __init__(self, name, config, split, groups, classes):
     self.name, self.config, self.task, self.split = name, config, config.task, split
-    self.cache = Cache()
+    self.cache, self.failed = Cache(), set()
     share = config.data.label_fraction if split == 'train' else 1.
     self.chosen = fractions.nested(groups, classes, share, config.seed)
 
@@ -52,9 +52,19 @@ class _Labelled:
     return len(self.chosen)
 
   def __getitem__(self, i: int) -> dict:
-    j = self.chosen[i]
-    record, = self.cache.get(j, lambda: (self.make(j),))
-    return record | {'index': i, 'bad': False}
+    for shift in range(len(self)):
+      j = self.chosen[(i + shift) % len(self)]
+      try:
+        record, = self.cache.get(j, lambda j=j: (self.make(j),))
+        return record | {'index': i, 'bad': shift > 0}
+      except DataError as e:
+        if self.split != 'train' or self.config.data.on_bad_file == 'stop':
+          raise
+        if j not in self.failed:
+          files.warn(e, 'replaced by the next good record')
+          self.failed.add(j)
+    raise DataError('SPLIT_EMPTY', self.config.data.manifest, 'not one record can be read any more',
+                    'check the disk, then start again')
 
   @property
   def digest(self) -> str:
@@ -112,7 +122,8 @@ class Rows(_Labelled):
   Raises:
     DataError: SPLIT_EMPTY, LEAK (a patient, or a file under two names, in two splits), LABEL (a row without one, or
       with several that exclude each other; a class that no row has), MASK_GRID, MASK_VALUE, and those of the readers;
-      with data.on_bad_file='skip' files that cannot be read are left out of the training split alone.
+      with data.on_bad_file='skip' files that cannot be read are left out of the training split alone, and those that
+      fail later are replaced there by the next good one.
   """
 
   def __init__(self, name, config, split):
@@ -149,11 +160,7 @@ class Rows(_Labelled):
   def grid(self, i: int):
     """As Phantoms.grid, of the file."""
     path = self.rows[self.chosen[i]]['path']
-    if self.name == 'ct':
-      return readers.volume(path)
-    picture = readers.image(path)
-    width, height = picture.meta['size']      # as stored; EXIF may have turned it
-    return (height, width) if (height < width) == (picture.array.shape[0] < picture.array.shape[1]) else (width, height)
+    return readers.volume(path) if self.name == 'ct' else images.upright(readers.image(path))
 
   def make(self, j: int) -> dict:
     row = self.rows[j]
@@ -202,12 +209,12 @@ class Rows(_Labelled):
     return bool((mask == c + 1 if self.task.exclusive else mask[..., c]).any())
 
   def _leave_out(self, split, on_bad_file) -> None:
-    """Reads every file once; headers alone where a picture has no mask."""
+    """Reads every file once; of pictures that train without a mask the headers alone."""
     seen = set()
 
     def one(j):
       try:
-        if self.name == 'xray' and self.task.kind == 'cls':
+        if split == 'train' and self.name == 'xray' and self.task.kind == 'cls':
           readers.check_image(readers.item(self.rows[j]['path'], 'image'))
         else:
           mask = self.make(j).get('mask')

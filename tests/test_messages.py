@@ -55,6 +55,36 @@ LEAVES = [
 ]
 
 
+TASKS = [
+    ('cls3d', {'phases.xray': 1}, r'a task learns from one kind of image: set one of phases.ct and phases.xray to 0'),
+    ('cls3d', {'data.label_fraction': 0.}, r'data.label_fraction=0.0: must lie in \(0, 1\]'),
+    ('cls3d', {'data.label_fraction': .2, 'steps': 0, 'epochs': 3}, r'fewer labels would mean fewer steps. FIX: set'),
+    ('cls3d', {'data.ct': '/data'}, r'data.ct and data.xray have no labels: name a labelled data.manifest'),
+    ('seg3d', {'views.ct.extent': 'record'}, r'views.ct.extent="record": a segmentation of volumes cuts patches'),
+    ('cls3d', {'task.test_view': 'tencrop'}, r'task.test_view="tencrop": here it is one of centre, whole$'),
+    ('cls3d', {'task.test_view': 'windows'}, r'task.test_view="windows": here it is one of centre, whole$'),
+    ('cls2d', {'task.test_view': 'windows'}, r'task.test_view="windows": here it is one of centre, whole, tencrop'),
+    ('seg3d', {'task.ce_weight': 0., 'task.dice_weight': 0.}, r'nothing to learn from, give one a weight'),
+    ('seg2d', {'task.threshold': 128, 'task.classes': ('a', 'b')}, r'task.threshold=128: for one class, .* has 2'),
+    ('seg2d', {'task.mask_values': (1,), 'task.classes': ('a', 'b')}, r'task.mask_values has 1 entries, .*: one for'),
+    ('seg3d', {'task.overlap': 1.}, r'task.overlap=1.0, .*: shares, below 1'),
+    ('cls3d', {'task.phantoms': (4, 2)}, r'task.phantoms=\(4, 2\): needs three numbers'),
+    ('cls3d', {'task.epoch_steps': -1}, r'task.epoch_steps=-1: must be at least 0'),
+    ('cls3d', {'eval.patience': 3, 'eval.select': ''}, r'eval.patience=3: needs eval.select and eval.every'),
+    ('cls3d', {'init_parts': ('encoder', 'neck')}, r'init_parts: "neck" unknown: use some of encoder, decoder, head'),
+    ('cls3d', {'optim.schedule': 'step'}, r'optim.schedule="step" unknown: use one of cosine, poly, constant'),
+    ('cls3d', {'task.features': 'max'}, r'task.features="max" unknown: use one of cls, mean, both'),
+    ('seg2d', {'task.dice': 'hard'}, r'task.dice="hard" unknown: use one of soft, hard_no_grad'),
+]
+
+
+@pytest.mark.parametrize('preset,overrides,text', TASKS)
+def test_a_leaf_of_a_task_that_cannot_work_is_named(preset, overrides, text):
+  with pytest.raises(ConfigError, match=text) as e:
+    validate(tiny.task(f'phantom_{preset}', **overrides))
+  assert '\n' not in str(e.value)
+
+
 @pytest.mark.parametrize('overrides,text', LEAVES)
 def test_a_leaf_that_cannot_work_is_named(overrides, text):
   with pytest.raises(ConfigError, match=text) as e:
@@ -69,10 +99,13 @@ def test_a_run_without_hu_is_valid_without_drr():
   assert DRR_LOSSES == sample.DRR_LOSSES
 
 
-def test_both_shipped_presets_are_valid():
-  from configs import unimiss_plus
+def test_all_shipped_presets_are_valid():
+  from configs import finetune, unimiss_plus
   for preset in unimiss_plus.PRESETS:
     validate(unimiss_plus.get_config(preset))
+  for preset in finetune.PHANTOM + finetune.GENERIC + finetune.PROTOCOLS:
+    validate(finetune.get_config(preset))
+    validate(finetune.get_config(f'{preset},quirks=1'))
 
 
 def test_a_batch_that_the_devices_cannot_share():

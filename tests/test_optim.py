@@ -20,6 +20,22 @@ def test_schedules_equal_the_released_arrays(fixtures):
     np.testing.assert_allclose(traced, z[name], rtol=1e-5, atol=1e-6)
 
 
+def test_poly_falls_in_every_step_or_is_held_for_an_epoch():
+  each, held = optim.poly_schedule(3e-4, 1000), optim.poly_schedule(3e-4, 1000, hold=250)
+  for step in (0, 1, 249, 250, 500, 999):
+    np.testing.assert_allclose(each(step), 3e-4 * (1 - step / 1000)**.9, rtol=0, atol=1e-12)
+    np.testing.assert_allclose(held(step), 3e-4 * (1 - step // 250 / 4)**.9, rtol=0, atol=1e-12)
+  assert each(1000) == each(1200) == 0 and len({float(held(i)) for i in range(1000)}) == 4
+  assert each(5).dtype == np.float64
+  traced = jax.jit(jax.vmap(held))(jnp.arange(1000))
+  np.testing.assert_allclose(traced, held(np.arange(1000)), rtol=1e-6)
+
+
+def test_a_constant_is_one():
+  f = optim.constant_schedule(5e-5)
+  assert f(0) == f(10**6) == 5e-5 and float(jax.jit(f)(jnp.int32(7))) == np.float32(5e-5)
+
+
 def z_lr_base(z):
   return float(z['lr'].max())     # the warm-up includes its end point
 
@@ -53,11 +69,11 @@ def run(modes, steps, clip=0., mode='global', scale=1.):
     return trace
 
 
-def adamw_by_hand(p, grads, lr=0.1, wd=0.04):
+def adamw_by_hand(p, grads, lr=0.1, wd=0.04, eps=1e-8):
   m = v = 0.
   for t, g in enumerate(grads, 1):
     m, v = .9 * m + .1 * g, .999 * v + .001 * g * g
-    p = p - lr * wd * p - lr * (m / (1 - .9 ** t)) / (np.sqrt(v / (1 - .999 ** t)) + 1e-8)
+    p = p - lr * wd * p - lr * (m / (1 - .9 ** t)) / (np.sqrt(v / (1 - .999 ** t)) + eps)
   return p
 
 
@@ -78,6 +94,21 @@ def test_zero_gradients_drift_only_after_a_real_step():
   g = 2. + 0.2
   np.testing.assert_allclose(trace[3][0]['b3D']['kernel'], adamw_by_hand(2., [g, 0., 0.]), rtol=1e-12)
   assert int(trace[3][1]['3d'].count) == 3
+
+
+def test_a_group_with_a_rate_is_adamw_at_another_learning_rate():
+  rates = {'rest': .25, '3d': .75**3}
+  grads = [np.full((2, 2), g) for g in (2., -.5, .1)]
+  with jax.enable_x64(True):
+    tx = optim.adamw(group_of, eps=1e-4, rate=rates.get)
+    params = {'w': {'kernel': jnp.full((2, 2), 2.)}, 'b3D': {'kernel': jnp.full((2, 2), 2.)}}
+    state = tx.init(params)
+    for g in grads:
+      params, state, _ = tx.update({'w': {'kernel': g}, 'b3D': {'kernel': g}}, state, params,
+                                   dict.fromkeys(rates, TRAIN), .1, .04)
+  for name, group in (('w', 'rest'), ('b3D', '3d')):
+    want = adamw_by_hand(np.full((2, 2), 2.), grads, lr=.1 * rates[group], eps=1e-4)
+    np.testing.assert_allclose(params[name]['kernel'], want, rtol=1e-12)
 
 
 def test_bias_does_not_decay_and_clipping_scales_by_the_norm():

@@ -58,6 +58,32 @@ def test_a_picture_and_its_outlines_are_cut_flipped_and_resized_alike():
     np.testing.assert_array_equal(label.sum(-1), 1)
 
 
+def test_no_label_is_off_by_half_a_voxel():
+  """Between the cells of a checkerboard a linear (or area) resize passes 1/2 just where the nearest cell changes, on
+  each axis for itself: mask and thresholded image are equal everywhere."""
+  still = {f'views.ct.{k}': v for k, v in CALM.items()}
+  c = config('phantom_seg3d', **still, **{'views.ct.flip_p': .5, 'views.ct.scale': (.7, 1.3), 'task.classes': ('one',)})
+  mask = squares((40, 96, 96), 8)
+  record = {'volume': mask.astype(np.int16) * 1000, 'mask': mask, 'spacing_mm': (1., 1., 1.)}
+  flat = config('phantom_seg2d', **{'views.xray.flip_p': .5, 'views.xray.updown_p': .5, 'views.xray.jitter_p': 0.,
+                                    'views.xray.blur_p': (0., 0.), 'views.xray.noise_std': (0., 0.),
+                                    'views.xray.gamma_p': (0., 0.)})
+  board = squares((128, 120), 8)
+  picture = {'image': board * 255, 'mask': board[..., None]}
+  rng = np.random.default_rng(1)
+  for _ in range(8):
+    made = cases.view('ct', record, c, rng)
+    image, label = made['ct'][0, ..., 0] * 1.024, made['mask'] > 0
+    clear = abs(image - .5) > 1e-4
+    assert clear.mean() > .9
+    np.testing.assert_array_equal((image > .5)[clear], label[clear])
+    made = cases.view('xray', picture, flat, rng)
+    image, label = made['xray'][0, ..., 0], made['mask'][..., 0] > 0
+    clear = abs(image - .5) > 1e-4
+    assert clear.mean() > .9
+    np.testing.assert_array_equal((image > .5)[clear], label[clear])
+
+
 def test_what_lies_outside_of_a_small_volume_is_background():
   c = config('phantom_seg3d', **{f'views.ct.{k}': v for k, v in CALM.items()}, **{'views.ct.scale': (1., 1.)})
   record = {'volume': np.zeros((8, 30, 30), np.int16), 'mask': np.ones((8, 30, 30), np.uint8),
@@ -112,13 +138,13 @@ class Records:
   def groups(self):
     return [str(i) for i in range(len(self.records))]
 
+  def listing(self):
+    return [{'id': f'case {i}'} for i in range(len(self.records))]
 
-def test_twenty_views_twice_are_the_forty_of_the_released_test():
-  """Ten crops (five and their mirror images), each as it is and mirrored three ways: 20 distinct ones, each twice."""
-  c = config('chestxr')
-  image = np.random.default_rng(0).integers(0, 256, (64, 64)).astype(np.uint8)
-  tests = cases.of(c, 'test', Records({'image': image, 'label': np.zeros(3)}))
-  views = tests.views(tests.record(0))
+
+def forty_views(image):
+  """Ten crops (five and their mirror images) of a picture [64, 64], each as it is and mirrored three ways: [40, 224,
+  224], normalised."""
   wide, room = 56, 8                                  # 224 of 256
   forty = []
   for mirrored in (image, image[:, ::-1]):
@@ -126,8 +152,15 @@ def test_twenty_views_twice_are_the_forty_of_the_released_test():
       crop = mirrored[a:a + wide, b:b + wide]
       forty += [crop[::up, ::left] for up in (1, -1) for left in (1, -1)]
   as_seen = lambda x: pictures.crop_resize(x, (0, 0), x.shape, (False, False), (224, 224), 'bicubic')
-  forty = [(as_seen(x) - .5056) / .252 for x in forty]
-  distance = np.abs(views[:, None, ..., 0] - np.array(forty)[None]).max((2, 3))      # [20, 40]
+  return np.array([(as_seen(x) - .5056) / .252 for x in forty])
+
+
+def test_twenty_views_twice_are_the_forty_of_the_released_test():
+  c = config('chestxr')
+  image = np.random.default_rng(0).integers(0, 256, (64, 64)).astype(np.uint8)
+  tests = cases.of(c, 'test', Records({'image': image, 'label': np.zeros(3)}))
+  views = tests.views(tests.record(0))
+  distance = np.abs(views[:, None, ..., 0] - forty_views(image)[None]).max((2, 3))      # [20, 40]
   assert views.shape == (20, 224, 224, 3)
   np.testing.assert_array_equal((distance < 1e-5).sum(1), 2)
   np.testing.assert_array_equal((distance < 1e-5).sum(0), 1)

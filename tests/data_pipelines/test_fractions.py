@@ -48,6 +48,27 @@ def test_another_seed_is_another_draw_and_another_process_is_not():
   assert found.strip() == str(chosen)
 
 
+def test_patients_come_in_the_order_of_their_hashes():
+  """Of the program b2sum: printf '3 p9' | b2sum -l 64 is the least, then p11, p4, p6, p3."""
+  groups = [f'p{i}' for i in range(12)]
+  assert fractions.nested(groups, [['a']] * 12, 1 / 3, 3) == [4, 6, 9, 11]
+  assert fractions.nested(groups[::-1], [['a']] * 12, 5 / 12, 3) == [0, 2, 5, 7, 8]
+  assert fractions.nested(groups, [[]] * 12, .01, 3) == [9]
+
+
+def test_many_findings_at_once_do_not_swell_a_share():
+  """As in chest radiographs: hundreds of combinations, of which each has a patient or two."""
+  rng = np.random.default_rng(0)
+  groups, some = [f'p{i}' for i in range(1000)], rng.random((1000, 14)) < .3
+  classes = [[f'c{k}' for k in np.flatnonzero(row)] for row in some]
+  assert len({tuple(c) for c in classes}) > 700
+  last = set()
+  for share in (.01, .1, .5):
+    mine = set(fractions.nested(groups, classes, share, 0))
+    assert abs(len(mine) - 1000 * share) <= 15 and last <= mine and some[list(mine)].any(0).all()
+    last = mine
+
+
 @pytest.mark.parametrize('share', [0., -.1, 1.1])
 def test_a_share_that_is_none(share):
   with pytest.raises(ValueError, match=r'must lie in \(0, 1\]'):

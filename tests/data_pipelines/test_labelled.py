@@ -196,3 +196,139 @@ def test_phantoms_of_the_splits_are_other_patients_and_every_run_seed_has_the_sa
   assert {r['id'] for r in labelled.source('ct', c).listing()} < ids[0]
   with pytest.raises(DataError, match='LABEL phantoms: task.classes: "gallstone" is not drawn.*FIX: use some of nod'):
     labelled.source('ct', config('phantom_cls3d', **{'task.classes': ('gallstone',)}))
+
+
+# ---- pictures
+
+def radiographs(folder, n=3, size=(60, 80), splits=('train', 'val', 'test'), **row):
+  """n pictures of each split with a mask of 0 and 255 each."""
+  rows = []
+  for k, split in enumerate(np.repeat(splits, n)):
+    image = np.random.default_rng(k).integers(0, 256, size).astype(np.uint8)
+    Image.fromarray(image).save(folder / f'{k}.png')
+    Image.fromarray(np.pad(np.full((20, 30), 255, np.uint8), ((5, size[0] - 25), (k % 9, size[1] - 30 - k % 9)))).save(
+        folder / f'{k}m.png')
+    rows.append({'id': f'{k}', 'path': f'{k}.png', 'mask': f'{k}m.png', 'kind': 'image', 'split': str(split)} | row)
+  return rows
+
+
+def seg2d(folder, rows, **leaves):
+  return config('seg2d', **write(folder, rows), **({'task.classes': ('lung',), 'task.threshold': 128} | leaves))
+
+
+def test_masks_of_255_without_a_threshold(tmp_path):
+  with pytest.raises(DataError, match=r'MASK_VALUE .*0m.png: holds 255, expected 0 to 1 \(lung\).* or task.threshold'):
+    labelled.source('xray', seg2d(tmp_path, radiographs(tmp_path), **{'task.threshold': 0}))
+
+
+def test_structures_that_overlap_share_values(tmp_path):
+  """As JSRT: 1 lung, 2 heart, 3 both."""
+  rows = radiographs(tmp_path)
+  mask = np.random.default_rng(0).integers(0, 4, (60, 80)).astype(np.uint8)
+  for k in range(9):
+    Image.fromarray(mask).save(tmp_path / f'{k}m.png')
+  c = seg2d(tmp_path, rows, **{'task.threshold': 0, 'task.classes': ('lung', 'heart'),
+                               'task.mask_values': ((1, 3), (2, 3))})
+  np.testing.assert_array_equal(labelled.source('xray', c)[0]['mask'], np.stack([mask % 2, mask // 2], -1))
+
+
+def test_a_palette_keeps_its_numbers_and_a_picture_turned_by_exif_its_mask(tmp_path):
+  rows = radiographs(tmp_path, 1)
+  for k in range(3):
+    x = np.random.default_rng(k).integers(0, 256, (60, 80)).astype(np.uint8)
+    turn = Image.Exif()
+    turn[0x0112] = 6                                  # shown after a quarter turn: 80 rows of 60 pixels
+    Image.fromarray(x).save(tmp_path / f'{k}.png', exif=turn)
+    mask = Image.fromarray(np.pad(np.ones((30, 20), np.uint8), ((2, 48), (3, 37)))).convert('P')
+    mask.putpalette([0, 0, 0, 255, 0, 0])
+    mask.save(tmp_path / f'{k}m.gif')
+    rows[k]['mask'] = f'{k}m.gif'
+  record = labelled.source('xray', seg2d(tmp_path, rows, **{'task.threshold': 0}))[0]
+  assert record['image'].shape == (80, 60) and record['mask'][2:32, 3:23].all() and record['mask'].sum() == 600
+
+
+def test_a_picture_that_is_reduced_to_a_square(tmp_path):
+  """Which side of the file is longer cannot be asked of it."""
+  rows = radiographs(tmp_path, 1, (1200, 1201))
+  tests = cases.of(seg2d(tmp_path, rows), 'test')
+  assert tests.record(0)['image'].shape == (512, 512)
+  tests.save(0, tests.record(0)['mask'], tmp_path)
+  assert np.asarray(Image.open(tmp_path / '2_lung.png')).shape == (1200, 1201)
+
+
+@pytest.mark.parametrize('what, message', [
+    ('colour', r'MASK_VALUE .*1m.png: is coloured'), ('text', r'NOT_IMAGE .*1m.png'), ('cut', r'TRUNCATED .*1m.png'),
+    ('turned', r'MASK_GRID .*1m.png: 60 x 80 pixels, its image 80 x 60')])
+def test_faults_of_a_mask_are_one_line(tmp_path, what, message):
+  rows = radiographs(tmp_path)
+  file = tmp_path / '1m.png'
+  if what == 'colour':
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (60, 80, 3)).astype(np.uint8)).save(file)
+  elif what == 'turned':
+    Image.open(file).transpose(Image.Transpose.ROTATE_90).save(file)
+  else:
+    file.write_bytes(b'no picture' if what == 'text' else file.read_bytes()[:-40])
+  with pytest.raises(DataError, match=message) as e:
+    labelled.source('xray', seg2d(tmp_path, rows, **{'data.on_bad_file': 'stop'}))
+  assert '\n' not in str(e.value) and 'FIX: ' in str(e.value)
+
+
+def classified(folder, **leaves):
+  """9 pictures whose class is a number: 0, 1, 2 in every split."""
+  rows = radiographs(folder)
+  for k, row in enumerate(rows):
+    del row['mask']
+    row['label'] = k % 3
+  return config('cls2d', **write(folder, rows), **leaves)
+
+
+@pytest.mark.parametrize('exclusive', [True, False])
+def test_a_class_number_says_that_it_is_no_other_class(tmp_path, exclusive):
+  source = labelled.source('xray', classified(tmp_path, **{'task.exclusive': exclusive}))
+  assert source.classes == ('class_0', 'class_1', 'class_2')
+  np.testing.assert_array_equal([source[i]['label'] for i in range(3)], np.eye(3))
+
+
+def test_what_a_row_does_not_say_is_unknown(volumes, tmp_path):
+  volumes[0]['label'] = {'sick': 0, 'old': 1}
+  source = labelled.source('ct', config('cls3d', **write(tmp_path, volumes), **{'task.classes': ('sick', 'old')}))
+  np.testing.assert_array_equal([source[i]['label'] for i in range(2)], [[0, 1], [1, -1]])
+
+
+def test_a_class_that_no_training_row_has(tmp_path):
+  with pytest.raises(DataError, match=r'LABEL .*: no row of split train says anything of class class_3'):
+    labelled.source('xray', classified(tmp_path, **{
+        'task.exclusive': True, 'task.classes': ('class_0', 'class_1', 'class_2', 'class_3')}))
+
+
+def test_a_picture_that_breaks_later_is_replaced_in_training_and_refused_before_a_test(tmp_path, capsys):
+  c = classified(tmp_path)
+  source = labelled.source('xray', c)
+  for k in (1, 7):      # a good header with little behind it
+    (tmp_path / f'{k}.png').write_bytes((tmp_path / f'{k}.png').read_bytes()[:-2000])
+  got = [source[i] for i in (0, 1, 1, 2)]
+  assert [r['bad'] for r in got] == [False, True, True, False] and [r['index'] for r in got] == [0, 1, 1, 2]
+  np.testing.assert_array_equal(got[1]['image'], got[3]['image'])
+  np.testing.assert_array_equal(got[1]['label'], got[3]['label'])
+  assert capsys.readouterr().err.count('1.png') == 1
+  with pytest.raises(DataError, match='TRUNCATED .*7.png'):
+    labelled.source('xray', c, 'test')
+  c.data.on_bad_file = 'stop'
+  with pytest.raises(DataError, match='TRUNCATED .*1.png'):
+    labelled.source('xray', c)[1]
+
+
+def test_a_share_holds_every_class_and_whole_patients(tmp_path):
+  rows = radiographs(tmp_path, 24)
+  for k, row in enumerate(rows):
+    row |= {'label': {'rare': int(k % 24 == 5), 'often': int(k % 3 > 0)}, 'group': f'{row["split"]} {k // 2}'}
+  groups = {}
+  for share in (.1, .5, 1.):
+    source = labelled.source('xray', config('cls2d', **write(tmp_path, rows), **{'data.label_fraction': share}))
+    labels = np.array([source[i]['label'] for i in range(len(source))])
+    assert labels.any(0).all() and (labels == 0).any(0).all()
+    groups[share] = source.groups()
+    assert all(groups[share].count(g) == 2 for g in groups[share])
+  assert set(groups[.1]) < set(groups[.5]) < set(groups[1.]) and len(groups[1.]) == 24
+  c = config('cls2d', **write(tmp_path, rows), **{'data.label_fraction': .1})
+  assert len(labelled.source('xray', c, 'val')) == len(labelled.source('xray', c, 'test')) == 24

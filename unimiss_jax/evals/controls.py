@@ -41,7 +41,7 @@ def segment(fit, cases, task) -> dict[str, float]:
   """{'chance/dice', 'raw/dice', and of each class} on `cases`, learned from the cases `fit`."""
   n = len(cases.classes)
   grid = PLACES[len(cases.size)]
-  place, moments = 0., np.zeros((n + 1, 3))
+  place, moments = 0., 0.
   for i in range(len(fit)):
     record = fit.record(i)
     image, masks = fit.working(record)[..., 0], _columns(record['mask'], n, task.exclusive)
@@ -62,7 +62,7 @@ def segment(fit, cases, task) -> dict[str, float]:
       p = _resized(place, image.shape)
       if seen:
         p = p * np.exp(-.5 * ((image[..., None] - mean) / std)**2) / std
-      p = p if task.exclusive else p[..., 1:] / (p[..., 1:] + np.maximum(p[..., :1], 1e-9))
+      p = p if task.exclusive else p[..., n:] / (p[..., n:] + np.maximum(p[..., :n], 1e-9))
       labels = supervised.label_map(p, supervised.truth(record).shape, task.exclusive)
       both = [supervised.one_by_one(x, n, task.exclusive) for x in (labels, supervised.truth(record))]
       dice.append([supervised.segmentation.dice(a, b) for a, b in zip(*both)])
@@ -72,9 +72,10 @@ def segment(fit, cases, task) -> dict[str, float]:
 
 
 def _columns(mask, classes: int, exclusive: bool):
-  """[*S, 1 + classes]: background (or none of the classes), then each class."""
+  """Background and each class [*S, 1 + classes]; of classes for themselves what is not of each, then each
+  [*S, 2 * classes]."""
   columns = np.stack(supervised.one_by_one(mask, classes, exclusive), -1)
-  return np.concatenate([~columns.any(-1, keepdims=True), columns], -1)
+  return np.concatenate([~columns.any(-1, keepdims=True) if exclusive else ~columns, columns], -1)
 
 
 def _resized(x, shape):

@@ -75,8 +75,8 @@ def window(logits, cases, record, task) -> np.ndarray:
   image = cases.working(record)
   axes = tuple(range(image.ndim - 1))
   predict = lambda x: probabilities(logits(x), task.exclusive)
-  return segmentation.sliding_window(predict, image, cases.size, task.overlap,
-                                     mirror=axes if task.mirror else (), batch=BATCH)
+  return segmentation.sliding_window(predict, image, cases.size, task.overlap, mirror=axes if task.mirror else (),
+                                     batch=BATCH if cases.stream == 'ct' else 1)      # a picture is one window
 
 
 def truth(record) -> np.ndarray:
