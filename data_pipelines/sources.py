@@ -4,7 +4,8 @@ CT record: volume int16 [D, H, W] = [S, A, R] HU, spacing_mm (z, y, x), index, n
 whole (the whole scan, reduced to about 3 mm) and whole_spacing_mm. Of data.modality=mr or other: volume int16
 [C, D, H, W] of C sequences, with their scale, offset and pad float32 [C] (intensities.py). X-ray record: image uint8
 or uint16 [H, W], index, group, name, bad. Records of one scan, or of one group of a manifest, share their group.
-`bad`: the file of record `index` failed after the start, and this is the next good one. Decoded files stay in a bounded cache.
+`bad`: the file of record `index` failed after the start, and this is the next good one. Decoded files stay in a
+bounded cache.
 """
 import collections
 import functools
