@@ -184,6 +184,14 @@ def test_what_is_no_result_is_refused_in_one_line(spoil, text, tmp_path):
   assert all(r['reportable'] == 'no' for r in lines(tmp_path))
 
 
+def test_each_seed_may_start_from_weights_of_its_own(tmp_path):
+  three_rows(tmp_path)
+  for seed in range(3):
+    edit('pretrained', seed, init_from=f'w{seed}')(tmp_path)
+  tabled(tmp_path)
+  assert next(r for r in lines(tmp_path) if r['row'] == 'pretrained')['weights'] == 'w0 w1 w2'
+
+
 @pytest.mark.parametrize('row,text', [('scratch', 'no scratch row'), ('untrained', 'no untrained encoder row')])
 def test_a_table_without_its_partners_is_refused(row, text, tmp_path):
   for other in LEAVES.keys() - {row}:
@@ -383,6 +391,12 @@ def test_rows_without_their_weights_are_left_out(project, capsys):
   assert sweep.main(['--grid=toy', '--out=runs']) == 0
   assert 'toy: row pretrained left out: no --weights' in capsys.readouterr().out
   assert {c['workdir'].split('/')[2] for c in calls(project)} == {'scratch', 'untrained'}
+
+
+def test_weights_may_name_the_seed(project):
+  assert sweep.main(['--grid=toy', '--out=runs', '--weights=pre/s{seed}', '--seeds=3,7', '--draft']) == 0
+  given = {c['workdir']: c['config.init_from'] for c in calls(project) if '/pretrained/' in c['workdir']}
+  assert sorted(given.values()) == ['pre/s3', 'pre/s7'] and all(v[-1] == k[-1] for k, v in given.items())
 
 
 def test_a_finished_run_of_other_leaves_is_not_taken_for_this_one(project, capsys):

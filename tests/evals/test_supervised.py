@@ -69,8 +69,8 @@ def test_a_perfect_network_is_perfect_on_the_grid_of_the_file(scans):
                              keep=lambda i, record, labels: shown.setdefault(i, labels))
   for i, labels in shown.items():
     np.testing.assert_array_equal(labels, organ(i).transpose(2, 1, 0))
-  assert found.scores == {'dice': 1., 'dice/liver': 1., 'dice/spleen': 1., 'hd95_mm': 0., 'hd95_mm/liver': 0.,
-                          'hd95_mm/spleen': 0.}
+  assert found.scores == {f'{name}{c}': value for c in ('', '/liver', '/spleen')
+                          for name, value in (('dice', 1.), ('iou', 1.), ('hd95_mm', 0.), ('nsd', 1.))}
 
 
 def test_a_coarser_working_grid_costs_less_than_its_voxel(scans):

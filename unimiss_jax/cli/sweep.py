@@ -52,7 +52,8 @@ def main(argv=None) -> int:
   p.several('--grid', (), (), help='names of grids, comma separated')
   p.add_argument('--grids', default='configs/comparison.py', help='the file that holds them')
   p.add_argument('--out', required=True, help='local folder of all runs')
-  p.add_argument('--weights', default='', help='fills {weights}: what rows start from')
+  p.add_argument('--weights', default='', help='fills {weights}: what rows start from; {seed} '
+                 'in it becomes the seed of the run')
   p.add_argument('--imported', default='', help='fills {imported}: other weights')
   p.add_argument('--seeds', type=_numbers(int), default=(), help="in place of the grid's")
   p.add_argument('--fractions', type=_numbers(float), default=(), help="of the labels, in place of the grid's")
@@ -132,6 +133,7 @@ def plan(grids, out, given, common, seeds=(), fractions=()) -> list[Run]:
     for fraction in shares or (1.,):
       for seed in seeds or grid['seeds']:
         for row, leaves in rows.items():
+          leaves = {k: v.replace('{seed}', str(seed)) for k, v in leaves.items()}
           share = {'data.label_fraction': f'{fraction:g}'} if shares else {}
           runs.append(Run(name, row, fraction, seed, grid['config'], common | leaves | share | {'seed': str(seed)},
                           pathlib.Path(results.place(pathlib.Path(out) / name, row, fraction, seed))))

@@ -178,15 +178,18 @@ def scores(pred, truth, classes, spacing_mm, tolerance_mm: float | None = None, 
   Returns:
     {name: {'dice', 'iou', 'hd95' in mm, 'nsd'}} and 'mean', over the classes.
   """
-  out = {}
-  for name, label in (classes.items() if isinstance(classes, dict) else ((c, c) for c in classes)):
-    a, b = np.asarray(pred) == label, np.asarray(truth) == label
-    pairs = surface.distances(a, b, spacing_mm)
-    absent = not any(len(distance) for distance, _ in pairs)
-    out[name] = {'dice': dice(a, b, empty), 'iou': iou(a, b, empty),
-                 'hd95': math.nan if absent and math.isnan(empty) else _hd95(pairs)}
-    if tolerance_mm is not None:
-      out[name]['nsd'] = _nsd(pairs, tolerance_mm, empty)
+  labels = classes if isinstance(classes, dict) else {c: c for c in classes}
+  out = {name: measures(np.asarray(pred) == label, np.asarray(truth) == label, spacing_mm, tolerance_mm, empty)
+         for name, label in labels.items()}
   known = lambda key: [row[key] for row in out.values() if not math.isnan(row[key])]
   mean = {key: float(np.mean(known(key))) if known(key) else math.nan for key in next(iter(out.values()), {})}
   return out | {'mean': mean}
+
+
+def measures(pred, truth, spacing_mm, tolerance_mm: float | None = None, empty: float = 1.) -> dict:
+  """{'dice', 'iou', 'hd95' in mm and, with a tolerance, 'nsd'} of one class; arguments as of `scores`, of masks."""
+  pairs = surface.distances(pred, truth, spacing_mm)
+  absent = not any(len(distance) for distance, _ in pairs)
+  out = {'dice': dice(pred, truth, empty), 'iou': iou(pred, truth, empty),
+         'hd95': math.nan if absent and math.isnan(empty) else _hd95(pairs)}
+  return out if tolerance_mm is None else out | {'nsd': _nsd(pairs, tolerance_mm, empty)}

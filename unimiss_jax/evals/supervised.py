@@ -17,7 +17,7 @@ BATCH = 8        # windows, likewise
 
 class Outcome(NamedTuple):
   """scores: {name: value}; table: {column: [N, ...]} with `id`, `group` and, of a classification, `probability` [N, C]
-  and `truth` [N, C] (NaN = not known), of a segmentation `dice` and `hd95` [N, C]."""
+  and `truth` [N, C] (NaN = not known), of a segmentation `dice`, `iou`, `hd95`, `nsd` [N, C]."""
   scores: dict
   table: dict
 
@@ -52,21 +52,20 @@ def segment(logits, cases, task, *, distances: bool = False, keep=lambda i, reco
   """Sliding windows over every case.
 
   Args:
-    task: config.task; reads exclusive, overlap, mirror.
-    distances: also HD95, which takes longer than all the rest.
+    task: config.task; reads exclusive, overlap, mirror, tolerance_mm.
+    distances: all measures; else Dice alone, as distances take longer than all the rest.
     keep: called with (number, record, predicted label map).
   """
-  dice, hd95 = [], []
+  found = []
   for i in range(len(cases)):
     record = cases.record(i)
     predicted = label_map(window(logits, cases, record, task), truth(record).shape, task.exclusive)
     keep(i, record, predicted)
     masks = [one_by_one(x, len(cases.classes), task.exclusive) for x in (predicted, truth(record))]
-    dice.append([segmentation.dice(p, t) for p, t in zip(*masks)])
-    if distances:
-      spacing = record.get('truth_mm', (1.,) * masks[0][0].ndim)
-      hd95.append([segmentation.hd95(p, t, spacing) for p, t in zip(*masks)])
-  table = _rows(cases) | {'dice': np.array(dice)} | ({'hd95': np.array(hd95)} if distances else {})
+    spacing = record.get('truth_mm', (1.,) * masks[0][0].ndim)
+    found.append([segmentation.measures(p, t, spacing, task.tolerance_mm) if distances else
+                  {'dice': segmentation.dice(p, t)} for p, t in zip(*masks)])
+  table = _rows(cases) | {name: np.array([[c[name] for c in row] for row in found]) for name in found[0][0]}
   return Outcome(summary(table, cases.classes, 'mm' if cases.stream == 'ct' else 'px'), table)
 
 
@@ -88,15 +87,15 @@ def label_map(probability, shape, exclusive: bool) -> np.ndarray:
   """[*S, K] on one grid -> labels as of data_pipelines.labelled on the grid [*shape]; linear, plane by plane."""
   n = len(shape) if exclusive else len(shape) - 1
   size = shape[:n]
-  maps = [matrices.resize('linear', 0, a, a, b) for a, b in zip(probability.shape, size)]
-  decide = lambda p: p.argmax(-1).astype(np.uint8) if exclusive else (p > .5).astype(np.uint8)
-  plane = lambda x: np.einsum('ah,bw,hwk->abk', maps[-2], maps[-1], x, optimize=True)
+  maps = [matrices.resize('linear', 0, a, a, b).astype(probability.dtype) for a, b in zip(probability.shape, size)]
+  decide = lambda p: p.argmax(0).astype(np.uint8) if exclusive else np.moveaxis(p > .5, 0, -1).astype(np.uint8)
+  plane = lambda x: decide(maps[-2] @ np.moveaxis(x, -1, 0) @ maps[-1].T)
   if n == 2:
-    return decide(plane(probability))
+    return plane(probability)
   out = np.empty(shape, np.uint8)
   for z, row in enumerate(maps[0]):
     used = np.flatnonzero(row)
-    out[z] = decide(plane(np.tensordot(row[used], probability[used], 1)))
+    out[z] = plane(np.tensordot(row[used], probability[used], 1))
   return out
 
 
@@ -106,10 +105,11 @@ def one_by_one(labels, classes: int, exclusive: bool) -> list:
 
 
 def summary(table, classes, unit: str = 'mm') -> dict[str, float]:
-  """Means over cases: 'dice' (of the classes), 'dice/<class>', likewise 'hd95_<unit>' over cases where it is finite."""
+  """Means over cases: 'dice' (of the classes), 'dice/<class>', likewise 'iou', 'nsd' and, where it is finite,
+  'hd95_<unit>'."""
   mean = lambda v: float(np.mean(v[np.isfinite(v)])) if np.isfinite(v).any() else float('nan')
   out = {}
-  for column, name in (('dice', 'dice'), ('hd95', f'hd95_{unit}')):
+  for column, name in (('dice', 'dice'), ('iou', 'iou'), ('hd95', f'hd95_{unit}'), ('nsd', 'nsd')):
     if column in table:
       of = {c: mean(v) for c, v in zip(classes, table[column].T)}
       out |= {name: mean(np.array(list(of.values())))} | {f'{name}/{c}': v for c, v in of.items()}

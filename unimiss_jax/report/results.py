@@ -113,7 +113,7 @@ def lacking(runs: Runs) -> list[str]:
       out.append(f'row {row} has {_count(len(seeds), "seed")}, at least {SEEDS} are needed')
     elif len(shared := seeds.keys() & runs.rows.get(runs.base, {}).keys()) < SEEDS:
       out.append(f'row {row} shares {_count(len(shared), "seed")} with {runs.base}, at least {SEEDS} are needed')
-    if len(weights := {r.about['init_from'] for r in seeds.values()}) > 1:
+    if 1 < len(weights := {r.about['init_from'] for r in seeds.values()}) < len(seeds):    # each seed may have its own
       out.append(f'row {row} mixes weights: {", ".join(sorted(weights))}')
   out += [f'{who} loaded no tensor of {r.about["init_from"]}' for who, _, r in all_
           if r.about['init_from'] and not r.about['loaded'][0]]

@@ -39,12 +39,14 @@ def table(metrics: list[dict], chance: dict[str, dict[str, float]], tests: int =
 
 
 def tested(found: dict) -> list[str]:
-  """Lines of eval/test.json: every score beside that of a predictor without an input and of raw pixels."""
+  """Lines of eval/test.json: scores beside those of a predictor without an input and of raw pixels; classes one by one
+  for the first measure alone."""
   score = lambda name: [found['scores'].get(name), found['control'].get(f'chance/{name}'),
                         found['control'].get(f'raw/{name}')]
   title = f'{found["cases"]} test cases'
   rows = [f'{title:28}{"test":>9}{"chance":>9}{"raw pix.":>9}']
-  for name in found['scores']:
+  main = next(iter(found['scores']))
+  for name in (n for n in found['scores'] if '/' not in n or n.startswith(f'{main}/')):
     rows.append(f'{name:28}' + ''.join(f'{"-":>9}' if v is None else f'{v:9.3f}' for v in score(name)))
   return rows
 
