@@ -48,6 +48,7 @@ def base(kind: str, dims: int) -> ConfigDict:
       mask_values=(),             # seg: value, or tuple of values, of each class in the masks; () = 1, 2, ...
       threshold=0,                # seg: masks of one class are 1 from this value on; 0 = off
       features='cls',             # cls: class token | mean: of the last tokens | both: one norm, mean of both logits
+      probe_first=False,          # cls: the head starts as the linear probe of the training cases
       frozen=False,               # the encoder stays as it is; head, and decoder of a segmentation, learn
       encoder_rate=1.,            # factor of the learning rate of the encoder
       deep_supervision=True,      # seg: losses at four resolutions, weights 8:4:2:1
@@ -103,6 +104,7 @@ def phantom(c: ConfigDict) -> None:
   c.steps, c.eval.every, c.checkpoint.every, c.log.every = 200, 50, 100, 20
   c.batch.update(dict(ct=8, xray=16))
   c.optim.update(dict(lr=1e-3, layer_decay=1.))
+  c.task.probe_first = c.task.kind == 'cls'
   if c.task.kind == 'seg':        # the finest maps have 4 channels and the decoder starts anew: both need large steps
     c.steps, c.eval.every, c.task.epoch_steps = (400, 200, 40) if c.phases.ct else (200, 100, 20)
     c.batch.update(dict(ct=2, xray=4))

@@ -45,6 +45,10 @@ class Observer:
       rows = 1                                    # the whole picture is one window
     return lambda x: self._apply('logits', state, {cases.stream: x[:, None]}, rows)[cases.stream][:, 0]
 
+  def embedding(self, state, stream: str, views) -> np.ndarray:
+    """[N, *S, C] of a stream -> [N, E]."""
+    return self._apply('embed', state, {stream: views[:, None]})[stream][:, 0]
+
   def tests(self) -> int:
     """Size of the retrieval gallery."""
     fit = getattr(self.evalset, 'fit', {})

@@ -15,7 +15,18 @@ import jax
 import numpy as np
 
 from data_pipelines import cases, evalset, files, manifest, streams
-from unimiss_jax import checkpoint, final_test, init_from, optim, processes, sharding, step, validate, workdir
+from unimiss_jax import (
+    checkpoint,
+    final_test,
+    init_from,
+    optim,
+    probe_first,
+    processes,
+    sharding,
+    step,
+    validate,
+    workdir,
+)
 from unimiss_jax.best import Best
 from unimiss_jax.lifeline import Lifeline
 from unimiss_jax.methods import base
@@ -191,6 +202,8 @@ class Run:
     logged = logged_steps(plan, config.log.every)
     processes.meet('evaluation set')
     if start == 0:
+      if 'task' in config and config.task.probe_first:
+        self.state = probe_first.start(self.state, self.observer, self.fit(tests.stream))
       self.evaluate(0)
     steps = {n: s.result() for n, s in self.steps.items()}
     processes.meet('compiled')
@@ -292,7 +305,7 @@ class Run:
     """The best weights, or the last ones, on the test split."""
     restored = self.best.restore(self.template) if self.best else None
     state = restored[0] if restored else self.state
-    fit = cases.of(self.config, 'train', self.streams[tests.stream].source)
+    fit = self.fit(tests.stream)
     watchdog.alive()
     about = {'step': int(state.step), 'steps': int(self.state.step), 'loaded': list(self.loaded),
              'parameters': parameters(state.params), 'seconds': time.monotonic() - self.began}
@@ -300,6 +313,9 @@ class Run:
     save = lambda i, labels: tests.save(i, labels, local / 'eval' / 'predictions')
     final_test.run(self.config, self.observer.logits(state, tests), fit, tests, about, local,
                    save if self.config.eval.save else None)
+
+  def fit(self, stream):
+    return cases.of(self.config, 'train', self.streams[stream].source)
 
   def pictures(self, at: int):
     reconstructions = self.observer.reconstructions(self.state)

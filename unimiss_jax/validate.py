@@ -138,6 +138,9 @@ def _task(config) -> None:
            ('centre', 'whole') if config.views.ct.extent == 'record' else ('centre', 'windows'))
   if task.kind == 'cls' and task.test_view not in views:
     raise ConfigError(f'task.test_view="{task.test_view}": here it is one of {", ".join(views)}')
+  if task.probe_first and (task.kind != 'cls' or task.features != 'cls'):
+    raise ConfigError(f'task.probe_first with task.kind="{task.kind}", task.features="{task.features}": a probe '
+                      'is made for kind cls and features cls alone')
   if task.kind == 'seg' and not (task.ce_weight or task.dice_weight):
     raise ConfigError('task.ce_weight=0, task.dice_weight=0: nothing to learn from, give one a weight')
   if task.threshold and len(task.classes) != 1:

@@ -79,9 +79,16 @@ def logistic(fit, labels, test, strengths=STRENGTHS, folds: int = FOLDS, seed: i
   Args:
     as of `ridge`; the strength with the least log loss over the folds is taken.
   """
-  x, z = standardised(fit, test)
+  kernel, bias = layer(fit, labels, strengths, folds, seed)
+  return expit(np.asarray(test, float) @ kernel + bias)
+
+
+def layer(fit, labels, strengths=STRENGTHS, folds: int = FOLDS, seed: int = 0) -> tuple:
+  """The probe of `logistic` as a linear layer on plain features: kernel [E, C], bias [C]; 0 for a label never known."""
+  x, mean_and_unit = standardised(fit, np.stack([np.zeros(np.shape(fit)[1]), np.ones(np.shape(fit)[1])]))
+  offset, scale = mean_and_unit[0], mean_and_unit[1] - mean_and_unit[0]      # z = offset + scale * x
   labels = np.asarray(labels, float)
-  out = np.full((len(z), labels.shape[1]), .5)
+  kernel, bias = np.zeros((x.shape[1], labels.shape[1])), np.zeros(labels.shape[1])
   for c, known in enumerate(np.isfinite(labels).T):
     a, y = x[known], labels[known, c]
     if not len(y):
@@ -99,8 +106,8 @@ def logistic(fit, labels, test, strengths=STRENGTHS, folds: int = FOLDS, seed: i
           loss[i] -= (y[part == f] * np.log(p) + (1 - y[part == f]) * np.log(1 - p)).sum()
       chosen = strengths[loss.argmin()]
     w = _logistic(a, y, chosen)
-    out[:, c] = expit(z @ w[:-1] + w[-1])
-  return out
+    kernel[:, c], bias[c] = scale * w[:-1], offset @ w[:-1] + w[-1]
+  return kernel, bias
 
 
 def _logistic(x, y, strength: float, start=None) -> np.ndarray:
