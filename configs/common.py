@@ -93,10 +93,12 @@ def base() -> ConfigDict:
   ))
   c.head = ConfigDict(dict(out_dim=65536, hidden_dim=2048, bottleneck_dim=256,
                            batch_standardize=False))   # projections for InfoNCE: zero mean, unit std over the batch
-  c.ema = ConfigDict(dict(momentum=0.996, momentum_end=1.0))
+  c.ema = ConfigDict(dict(momentum=0.996, momentum_end=1.0,
+                          reference_batch=0))  # momentum ** (batch.ct / reference_batch); 0 = momentum as it is
   c.optim = ConfigDict(dict(
       name='adamw',
       lr=8e-4, lr_reference_batch=256,   # effective lr = lr * batch.ct / lr_reference_batch; 0 = lr as it is
+      lr_scaling='linear',               # sqrt: lr * sqrt(batch.ct / lr_reference_batch), for AdamW at large batches
       schedule='cosine',                 # cosine | poly (power 0.9, no warm-up) | constant
       schedule_unit='step',              # of poly: step | epoch
       min_lr=1e-6, warmup_epochs=10.,    # of an epoch as defined above; may be a fraction

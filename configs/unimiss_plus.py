@@ -9,6 +9,8 @@ presets
             (contrastive terms, standardised projections, residual trunk), not the papers'.
   phantom_long  the same for 4,000 steps on twice as many phantoms, some twenty minutes: the encoder that the phantom
             tasks of configs/finetune.py start from, see docs/experiments.md.
+  pod       plain with 1,024 CT and 4,096 X-rays a step, for hundreds of accelerators: as many samples as plain, which
+            are fewer steps; learning rate by the square root of the batch, momentum of the teacher by its power
   plain     the losses, schedule and augmentation of the released UniMiSS+ code with its defects
             mended; 63.3 M parameters, made for accelerators.
   reference what the released code computes, defects included, to compare against it.
@@ -17,7 +19,7 @@ from ml_collections import ConfigDict
 
 from configs import common
 
-PRESETS = ('phantom', 'plain', 'reference', 'phantom_long')
+PRESETS = ('phantom', 'plain', 'reference', 'phantom_long', 'pod')
 
 
 def get_config(arg: str | None = None) -> ConfigDict:
@@ -25,7 +27,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
   config = plain()
   config.preset = preset
   if preset != 'plain':
-    {'phantom': phantom, 'reference': reference, 'phantom_long': phantom_long}[preset](config)
+    {'phantom': phantom, 'reference': reference, 'phantom_long': phantom_long, 'pod': pod}[preset](config)
   return config.lock()
 
 
@@ -83,6 +85,17 @@ def phantom_long(c: ConfigDict) -> None:
   phantom(c)
   c.steps, c.eval.every, c.checkpoint.every = 4000, 1000, 250
   c.data.phantom_records = 1536
+
+
+def pod(c: ConfigDict) -> None:
+  """Square root: Malladi et al. 2022, of Adam; momentum: Busbridge et al. 2023. 96 is the batch of plain."""
+  c.optim.update(dict(lr=c.optim.lr * c.batch.ct / c.optim.lr_reference_batch, lr_reference_batch=c.batch.ct,
+                      lr_scaling='sqrt', warmup_epochs=c.optim.warmup_epochs / 1.6,
+                      freeze_last_layer=c.optim.freeze_last_layer / 1.6))      # 1.6 times the samples an epoch
+  c.ema.reference_batch = c.batch.ct
+  c.batch.update(dict(ct=1024, xray=4096))
+  c.phases.ct = 4                 # passes over the CT for each one of X-rays, whose steps see four times as many
+  c.epochs = 251                  # 201 of CT; those of X-rays see what 200 of plain do
 
 
 def reference(c: ConfigDict) -> None:

@@ -13,7 +13,8 @@ def schedules(config, method):
   """Learning rate (scaled by the batch) and weight decay, as functions of the step."""
   o = config.optim
   batch = config.batch.ct if config.phases.ct else config.batch.xray
-  lr = o.lr * batch / o.lr_reference_batch if o.lr_reference_batch else o.lr
+  ratio = batch / o.lr_reference_batch if o.lr_reference_batch else 1.
+  lr = o.lr * (ratio**.5 if o.lr_scaling == 'sqrt' else ratio)
   warm = int(round(o.warmup_epochs * method.steps_per_epoch))
   if o.schedule == 'cosine':
     rates = optim.cosine_schedule(lr, o.min_lr, method.total_steps, min(warm, method.total_steps - 1))

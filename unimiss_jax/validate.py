@@ -38,6 +38,7 @@ CHOICES = {
     'loss.center_updates': ('once', 'sequential'),
     'loss.slice_intensity': ('raw', 'minmax'),
     'task.kind': ('cls', 'seg'),
+    'optim.lr_scaling': ('linear', 'sqrt'),
     'task.features': ('cls', 'mean', 'both'),
     'task.dice': ('soft', 'hard_no_grad'),
     'task.test_view': ('centre', 'windows', 'whole', 'tencrop'),

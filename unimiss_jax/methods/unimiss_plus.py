@@ -179,7 +179,7 @@ def make(config, data) -> Method:
   def post(params, extra, aux, step):
     if not distils:
       return extra
-    m = momentum(step)
+    m = momentum(step)**(batch.ct / config.ema.reference_batch) if config.ema.reference_batch else momentum(step)
     ema = lambda t, p: (m * t + (1 - m) * p).astype(t.dtype)
     return {'teacher': jax.tree.map(ema, extra['teacher'], params),
             'center': aux.mean.get('center', extra['center'])}
