@@ -9,7 +9,8 @@ LAYERS = (          # a room may import rooms of its own layer and of those befo
     {'drr', 'views', 'models', 'losses', 'sharding', 'optim'},
     {'porting', 'methods'},
     {'state', 'checkpoint', 'writers', 'health', 'evals', 'report', 'step', 'validate', 'workdir', 'progress',
-     'watchdog', 'lifeline', 'processes', 'mirror', 'init_from', 'observer', 'weights', 'best', 'final_test'},
+     'watchdog', 'lifeline', 'processes', 'mirror', 'init_from', 'observer', 'weights', 'best', 'final_test',
+     'preflight'},
     {'train'},
     {'cli', 'main'},
 )

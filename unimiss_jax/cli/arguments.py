@@ -11,6 +11,8 @@ from absl import flags
 
 from data_pipelines.command import fail
 
+PROGRAM, SETTINGS = 'main.py', 'launch.env'
+START = f'set -a; . ./{SETTINGS}; set +a; exec "$@"'      # sh -c START - COMMAND: with the settings of the project
 ASSUMED = 'num_heads', 'decoder_heads', 'volume_size'
 
 
