@@ -258,8 +258,8 @@ class Run:
   def describe(self):
     lr, _ = step.schedules(self.config, self.method)
     levels = {f'{n} {k[6:]} {v:.3f}' for n, p in self.method.phases.items() for k, v in p.chance.items()}
-    logging.info('%s, preset %s | %.2f M parameters, state %.3g GB a device | %d steps, %d an epoch | %s, up to %.2g GB '
-                 'of them read ahead | mesh %s, %d processes | learning rate %.2e',
+    logging.info('%s, preset %s | %.2f M parameters, state %.3g GB a device | %d steps, %d an epoch | %s, '
+                 'up to %.2g GB of them read ahead | mesh %s, %d processes | learning rate %.2e',
                  self.config.method, self.config.preset, parameters(self.state.params) / 1e6,
                  sharding.bytes_per_device(self.state) / 1e9, self.total, self.method.steps_per_epoch,
                  ', '.join(f'{s.records} {n} records' for n, s in self.streams.items()), self.read_ahead / 1e9,
