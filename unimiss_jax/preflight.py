@@ -132,7 +132,7 @@ def cost(compiled, devices: int) -> Cost:
 
 def told(costs: dict[str, Cost]) -> str:
   """'ct 1.23 TFLOP, 4.5 GB a device; xray ...' of {phase: its cost}."""
-  return '; '.join(f'{name} {"?" if math.isnan(c.flops) else _si(c.flops)}FLOP, '
+  return '; '.join(f'{name} {"? " if math.isnan(c.flops) else _si(c.flops)}FLOP, '
                    f'{"?" if c.bytes is None else f"{c.bytes / 1e9:.3g}"} GB a device' for name, c in costs.items())
 
 
