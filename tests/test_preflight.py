@@ -49,7 +49,12 @@ def cluster(monkeypatch):
 
 
 def other(value, at, **changed):
-  return lambda i, mine: [HOSTS[i], mine[1] | ({value: mine[1][value] | changed} if i == at else {})]
+  """Process `at` has other facts, so another hash of them."""
+  def theirs(i, mine):
+    if isinstance(mine, str):
+      return f'other than {mine}' if i == at else mine
+    return [HOSTS[i], mine[1] | ({value: mine[1][value] | changed} if i == at else {})]
+  return theirs
 
 
 @pytest.mark.parametrize('what,changed,text', [
@@ -68,7 +73,7 @@ def test_processes_that_do_not_mean_the_same_run(cluster, what, changed, text):
 
 def test_processes_that_see_other_records(cluster):
   records = {'ct': {'count': 16, 'hash': 'aa'}, 'xray': {'count': 9, 'hash': 'bb'}}
-  cluster(lambda i, mine: [HOSTS[i], mine[1]])
+  cluster(lambda i, mine: mine)
   preflight.same_records(records)
   cluster(other('records', 1, **{'data.ct.count': 15, 'data.ct.hash': 'cc'}))
   with pytest.raises(processes.ProcessError, match=r'process 1 \(node1\) has data.ct.count 15 instead of 16, '

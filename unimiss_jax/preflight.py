@@ -50,6 +50,9 @@ def installation() -> dict[str, str]:
 
 def agree(facts: dict[str, dict]) -> None:
   """Raises ProcessError, on every process, unless all hold the same {subject of REMEDIES: {name: value}}."""
+  text = json.dumps(facts, sort_keys=True)
+  if len({*processes.gather(hashlib.blake2b(text.encode(), digest_size=16).hexdigest())}) == 1:
+    return
   hosts, theirs = zip(*processes.gather([processes.HOST, facts]))
   for what in facts:
     if found := differences(what, [t[what] for t in theirs], hosts):

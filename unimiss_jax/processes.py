@@ -11,6 +11,7 @@ import os
 import signal
 import socket
 import sys
+import time
 
 import jax
 from jax._src import distributed  # its store, its barrier and the coordinator's address have no public name
@@ -25,6 +26,7 @@ SCHEDULERS = (        # variable -> is there more than this process?
     ('JOB_COMPLETION_INDEX', lambda v: importlib.util.find_spec('kubernetes') is not None),
 )
 HOST = socket.gethostname()
+LAST_S = 2            # in which the others say what is wrong, if they know it
 SHOWN = 3             # names in a message
 _calls = itertools.count()
 
@@ -113,9 +115,9 @@ def gather(value) -> list:
   store, call, mine = distributed.global_state.client, next(_calls), jax.process_index()
   store.key_value_set(f'unimiss_jax/{call}/{mine}', json.dumps(value))
   meet(f'gather {call}')
-  if call:      # all have come here, so all have read the former values
-    store.key_value_delete(f'unimiss_jax/{call - 1}/{mine}')
   found = {int(key.rsplit('/', 1)[1]): text for key, text in store.key_value_dir_get(f'unimiss_jax/{call}/')}
+  meet(f'gathered {call}')      # whoever fails because of what it read does not go before the others have read it
+  store.key_value_delete(f'unimiss_jax/{call}/{mine}')
   return [json.loads(found[i]) for i in range(count)]
 
 
@@ -189,10 +191,12 @@ def coordinator_host() -> str:
 
 
 def leave(code: int) -> int:
-  """Exit code of a failed process; with several, it ends here at once, so that the others see it and end too."""
+  """Exit code of a failed process; with several, it ends here, so that the others see it and end too."""
   if jax.distributed.is_initialized():
     logging.shutdown()
     sys.stdout.flush()
     sys.stderr.flush()
+    if distributed.global_state.process_id == 0:      # jax ends the others with it, in words of its own
+      time.sleep(LAST_S)
     os._exit(code)
   return code
