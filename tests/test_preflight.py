@@ -125,13 +125,14 @@ def test_a_cost_that_nobody_knows():
 
 
 def test_free_memory_is_that_of_the_host_or_of_the_container(tmp_path):
-  info, cgroup = tmp_path / 'meminfo', tmp_path / 'memory'
+  info, cgroup = tmp_path / 'meminfo', tmp_path
   assert preflight.free_memory(info, cgroup) is None
   info.write_text('MemTotal:  900 kB\nMemAvailable:     500 kB\n')
   assert preflight.free_memory(info, cgroup) == 500 * 1024
   (tmp_path / 'memory.max').write_text('400000\n')
   (tmp_path / 'memory.current').write_text('150000\n')
-  assert preflight.free_memory(info, cgroup) == 250000
+  (tmp_path / 'memory.stat').write_text('anon 1000\ninactive_file 50000\n')
+  assert preflight.free_memory(info, cgroup) == 300000
   (tmp_path / 'memory.max').write_text('max\n')
   assert preflight.free_memory(info, cgroup) == 500 * 1024
 

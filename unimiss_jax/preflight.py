@@ -18,7 +18,7 @@ ROOT = pathlib.Path(__file__).resolve().parents[1]
 SOURCES = 'unimiss_jax', 'data_pipelines'
 
 LEAVES = 6      # that a message lists
-MEMINFO, CGROUP = '/proc/meminfo', '/sys/fs/cgroup/memory'
+MEMINFO, CGROUP = '/proc/meminfo', '/sys/fs/cgroup'
 REMEDIES = {
     'config': 'start all processes with the same command',
     'installation': 'install the same on all hosts: the same files, pip install -c requirements.lock -e .',
@@ -76,6 +76,7 @@ def differences(what: str, values: list[dict], hosts) -> str | None:
   if not odd:
     return None
   told = '; '.join(f'{processes.some(who)} has {change}' for change, who in list(odd.items())[:processes.SHOWN])
+  told += '; others differ in another way' if len(odd) > processes.SHOWN else ''
   return (f'{what} of all processes must be the same, but unlike {processes.called(usual, hosts[usual])} {told}. '
           f'FIX: {REMEDIES[what]}')
 
@@ -111,9 +112,10 @@ def free_memory(meminfo=MEMINFO, cgroup=CGROUP) -> int | None:
   except (OSError, KeyError, ValueError):
     pass
   try:
-    limit, used = (int(pathlib.Path(f'{cgroup}.{name}').read_text()) for name in ('max', 'current'))
-    found.append(limit - used)
-  except (OSError, ValueError):      # 'max': no limit
+    limit, used = (int((pathlib.Path(cgroup) / f'memory.{name}').read_text()) for name in ('max', 'current'))
+    stat = dict(line.split() for line in (pathlib.Path(cgroup) / 'memory.stat').read_text().splitlines())
+    found.append(limit - used + int(stat['inactive_file']))      # files that were read and can be dropped
+  except (OSError, KeyError, ValueError):      # 'max': no limit
     pass
   return min(found, default=None)
 

@@ -30,6 +30,7 @@ case "$1 $2" in
   "-m venv") mkdir -p "$3/bin"; cp "$0" "$3/bin/python"; exit ;;
   "-m pip") echo "pip $*" >>"$STAND_INS/log"; exit ;;
 esac
+exec 8>>"$STAND_INS/lock"; flock 8      # hosts come here at the same time
 { echo "SETTING=$SETTING"; printf '%s\\n' "$@"; echo; } >>"$STAND_INS/argv"
 code=$(head -n1 "$STAND_INS/codes"); sed -i 1d "$STAND_INS/codes"
 exit "$code"
@@ -95,12 +96,15 @@ def call(*more, workdir=WORKDIR):
 
 TPU = ('tpu-vm', '--nodes=2', '--tpu=t', '--zone=z', '--accelerator=v5litepod-8', '--version=v2', '--spot', *ODD)
 KINDS = [('slurm', '--nodes=2', '--gpus_per_node=4', '--setup=module load cuda', '--time=1:00:00', *ODD), TPU,
-         ('local', '--nodes=2', '--devices=8', *ODD)]
+         ('local', '--nodes=2', '--devices=8', *ODD),
+         ('gke', '--nodes=2', '--image=i', '--gpus_per_node=8', '--volumes=claim:/data', *ODD)]
 
 
 @pytest.mark.parametrize('kind', KINDS, ids=lambda k: k[0])
 def test_scripts_are_sound(project, capsys, kind):
   text = printed(capsys, *kind, workdir='gs://b/run' if kind[0] == 'tpu-vm' else WORKDIR)
+  if kind[0] == 'gke':
+    text = next(yaml.safe_load_all(text))['data']['run.sh']
   (project / 'script.sh').write_text(text)
   subprocess.run(['bash', '-n', 'script.sh'], check=True)
   if not (checker := shutil.which('shellcheck')):
@@ -242,6 +246,8 @@ def test_what_local_prints_does_what_local_does(project, capsys):
     (['--nodes=0'], '--nodes=0: at least 1'),
     (['--devices=3', '--nodes=2'], '--devices=3: 2 processes cannot share them evenly'),
     (['--print=slurm', '--zone=z'], '--zone is for --print=tpu-vm, not for slurm'),
+    (['--print=slurm', '--gpus_per_node=-1'], '--gpus_per_node=-1: at least 0'),
+    (['--print=slurm', '--sbatch=--qos=x y'], '"y": not for an #SBATCH line'),
     (['--print=slurm', '--partition=a b'], '"a b": not for an #SBATCH line'),
     (['--print=slurm', '--config.data.ct=a\nb'], 'line breaks and control characters cannot be passed on'),
     (['--print=slurm', '--preempt_exit_code=0'], 'unknown argument --preempt_exit_code=0'),

@@ -7,7 +7,6 @@ share of --devices virtual CPU devices.
 import math
 import os
 import re
-import shlex
 import sys
 
 from data_pipelines.command import Parser, fail
@@ -95,11 +94,13 @@ def wrong_value(f, kind: str, rest) -> str | None:
     return f'unknown argument {unknown[0]}'
   if f.nodes < 1:
     return f'--nodes={f.nodes}: at least 1'
-  if f.devices % f.nodes or f.devices < 0:
+  if negative := [k for k, v in vars(f).items() if isinstance(v, int) and v < 0]:
+    return f'--{negative[0]}={getattr(f, negative[0])}: at least 0'
+  if f.devices % f.nodes:
     return f'--devices={f.devices}: {f.nodes} processes cannot share them evenly'
   if kind == 'slurm':
-    words = (f.name, f.partition, f.account, f.time, f.memory, *shlex.split(f.sbatch))
-    if bad := [w for w in words if w and not re.fullmatch(WORD, w)]:
+    words = (f.name, f.partition, f.account, f.time, f.memory, *f.sbatch.split())
+    if bad := [w for w in words if w and not re.fullmatch(WORD, w)] + [w for w in f.sbatch.split() if w[0] != '-']:
       return f'"{bad[0]}": not for an #SBATCH line'
   if kind == 'gke':
     return _wrong_gke(f)

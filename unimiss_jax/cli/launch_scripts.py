@@ -26,7 +26,7 @@ def slurm(f, command) -> str:
   options += [f'--cpus-per-task={f.cpus}'] if f.cpus else []
   options += [f'--{name}={value}' for name, value in (('mem', f.memory), ('partition', f.partition),
                                                       ('account', f.account), ('time', f.time)) if value]
-  options += [*shlex.split(f.sbatch), '--requeue', f'--signal=TERM@{f.grace}', '--open-mode=append']
+  options += [*f.sbatch.split(), '--requeue', f'--signal=TERM@{f.grace}', '--open-mode=append']
   srun = ['srun', f'--nodes={f.nodes}', f'--ntasks={f.nodes * tasks}', '--kill-on-bad-exit=0',
           *([f'--cpus-per-task={f.cpus}'] if f.cpus else [])]
   return f"""#!/usr/bin/env bash
@@ -57,7 +57,8 @@ def gke(f, command) -> str:
   flags = []
   if several and not f.tpus_per_node:      # TPU nodes are told by GKE who they are
     flags = [f'--coordinator={f.name}-0.{f.name}:{PORT}', f'--num_processes={f.nodes}']
-  script = f"""set -e
+  script = f"""#!/usr/bin/env bash
+set -e
 {environment(f, command, 'cuda' if f.gpus_per_node else 'tpu' if f.tpus_per_node else '')}
 exec {_line([*_python(command), *flags])}{' --process_id="$JOB_COMPLETION_INDEX"' if flags else ''}
 """
@@ -102,7 +103,8 @@ def tpu_vm(f, command) -> str:
   folder = shlex.quote(f.folder)
   return f"""#!/usr/bin/env bash
 # bash this file in the folder of main.py, on a machine that stays up and has gcloud. It starts the run again until that
-# is complete: on the same TPU after a save or a lost connection, on a new one where the TPU was taken away.
+# is complete: on the same TPU after a save or a lost connection, on a new one where the TPU was taken away. Stopped
+# here, the run goes on there; bash this file again to follow it.
 TPU={f.tpu} NODES={f.nodes} PREEMPTED={PREEMPTED}
 AT=({shlex.join(at)})
 KIND=({shlex.join(kind)})
