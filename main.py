@@ -52,7 +52,8 @@ def main(argv) -> int:
       traceback.print_exc()
       code = 1
     else:
-      code = fail(e if said else f'{e}. {continues}', 1)
+      told = e if said else f'{e}. {continues}'
+      code = fail(told if isinstance(e, processes.ProcessError) else f'{processes.me()}{told}', 1)
   return processes.leave(code)
 
 

@@ -25,6 +25,7 @@ setup(
         'optax>=0.2.8,<0.3',
         'orbax-checkpoint>=0.12.8,<0.13',
         'pillow>=12',
+        'PyYAML',
         'safetensors>=0.8',
         'scipy>=1.13',
         'tensorboardX>=2.6.5',

@@ -40,6 +40,17 @@ def read_bytes(path) -> bytes:
   return data
 
 
+def check_there(path) -> None:
+  """Raises DataError UNREADABLE unless a file, a folder or something that a glob pattern matches is there."""
+  path = os.path.expanduser(str(path))
+  if '://' in path:
+    there = bool(below(path)) if '*' in path else epath.Path(path).exists()
+  else:
+    there = os.path.exists(path) or any(glob.iglob(path, recursive=True))
+  if not there:
+    raise DataError('UNREADABLE', path, 'nothing is there', 'check the path; every host must see it')
+
+
 def blocks(path):
   """Yields the content of a file, which may be empty, some of it at a time. Raises DataError UNREADABLE."""
   try:

@@ -5,6 +5,7 @@ A stream's position is one integer, the number of rows that all shards together 
 processes. Nothing is filtered here: a record that cannot be read has been replaced by its source.
 """
 import functools
+import math
 import os
 import zlib
 from concurrent import futures
@@ -73,7 +74,7 @@ class Stream:
     self._ordered = records.random_map(_Views(name, config))
     row = self._ordered[0]
     self.spec = {k: (v.shape, v.dtype) for k, v in row.items()}
-    workers = config.data.workers
+    workers = self._workers = config.data.workers
     if workers:
       _parse_flags()
     options = grain.MultiprocessingOptions(num_workers=workers) if workers else None
@@ -92,6 +93,12 @@ class Stream:
   def digest(self) -> str:
     """Hash of the list of records."""
     return self.source.digest
+
+  @property
+  def read_ahead(self) -> int:
+    """Bytes of the batches that this shard holds ready, at most."""
+    row = sum(math.prod(shape) * np.dtype(dtype).itemsize for shape, dtype in self.spec.values())
+    return row * self._rows(self.batch) * (BUFFER + THREADS + 2) * max(self._workers, 1)
 
   def listing(self) -> list[dict]:
     """The list, as rows of a manifest."""

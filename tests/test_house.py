@@ -10,7 +10,7 @@ LAYERS = (          # a room may import rooms of its own layer and of those befo
     {'porting', 'methods'},
     {'state', 'checkpoint', 'writers', 'health', 'evals', 'report', 'step', 'validate', 'workdir', 'progress',
      'watchdog', 'lifeline', 'processes', 'mirror', 'init_from', 'observer', 'weights', 'best', 'final_test',
-     'probe_first'},
+     'preflight', 'probe_first'},
     {'train'},
     {'cli', 'main'},
 )

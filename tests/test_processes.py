@@ -43,9 +43,14 @@ def test_others_that_cannot_be_found(monkeypatch):
     processes.join('h:1', 2, 0)
 
 
+def test_a_message_names_a_few():
+  assert processes.some(['a']) == 'a' and processes.some(list('abc')) == 'a, b, c'
+  assert processes.some(list('abcde')) == 'a, b, c and 2 more'
+
+
 def test_alone_everything_is_agreed():
   assert processes.main() and processes.gather({'a': 1}) == [{'a': 1}]
-  processes.agree('config', {'a': 1}, 'mend it')
+  assert processes.me() == ''
   assert processes.on_main(lambda: 5) == 5
   with pytest.raises(KeyError):
     processes.together(lambda: {}['x'])

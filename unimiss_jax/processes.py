@@ -9,11 +9,12 @@ import json
 import logging
 import os
 import signal
+import socket
 import sys
+import time
 
 import jax
-import numpy as np
-from jax._src import distributed  # its barrier and the coordinator's address have no public name
+from jax._src import distributed  # its store, its barrier and the coordinator's address have no public name
 from jax.experimental import multihost_utils
 
 BARRIER_S = 1800      # start-up: the machines of a pod come up minutes apart
@@ -24,6 +25,9 @@ SCHEDULERS = (        # variable -> is there more than this process?
     ('MEGASCALE_NUM_SLICES', lambda v: int(v) > 1),
     ('JOB_COMPLETION_INDEX', lambda v: importlib.util.find_spec('kubernetes') is not None),
 )
+HOST = socket.gethostname()
+LAST_S = 2            # in which the others say what is wrong, if they know it
+SHOWN = 3             # names in a message
 _calls = itertools.count()
 
 
@@ -83,15 +87,38 @@ def main() -> bool:
   return jax.process_index() == 0
 
 
+def called(i: int, host: str) -> str:
+  """How messages call process i, which runs on `host`."""
+  return f'process {i} ({host})'
+
+
+def some(names: list[str]) -> str:
+  """'a, b, c and 5 more'."""
+  more = len(names) - SHOWN
+  return ', '.join(names[:SHOWN]) + (f' and {more} more' if more > 0 else '')
+
+
+def me() -> str:
+  """'process 3 (node17): ' before what this process says to people; '' for a process alone."""
+  return f'{called(distributed.global_state.process_id, HOST)}: ' if jax.distributed.is_initialized() else ''
+
+
 def gather(value) -> list:
-  """[value of process 0, of process 1, ...]; JSON values; every process must call it."""
-  if jax.process_count() == 1:
+  """[value of process 0, of process 1, ...]; JSON values; every process must call it.
+
+  Through the store of the coordinator, no collective of devices: it works before anyone knows whether these fit
+  together.
+  """
+  count = jax.process_count()
+  if count == 1:
     return [value]
-  meet(f'gather {next(_calls)}')
-  data = np.frombuffer(json.dumps(value).encode(), np.uint8)
-  sizes = multihost_utils.process_allgather(np.int32(len(data)))
-  rows = multihost_utils.process_allgather(np.pad(data, (0, int(sizes.max()) - len(data))))
-  return [json.loads(bytes(row[:n])) for row, n in zip(rows, sizes)]
+  store, call, mine = distributed.global_state.client, next(_calls), jax.process_index()
+  store.key_value_set(f'unimiss_jax/{call}/{mine}', json.dumps(value))
+  meet(f'gather {call}')
+  found = {int(key.rsplit('/', 1)[1]): text for key, text in store.key_value_dir_get(f'unimiss_jax/{call}/')}
+  meet(f'gathered {call}')      # whoever fails because of what it read does not go before the others have read it
+  store.key_value_delete(f'unimiss_jax/{call}/{mine}')
+  return [json.loads(found[i]) for i in range(count)]
 
 
 def meet(name: str, seconds: int = 6 * 3600) -> None:
@@ -115,27 +142,18 @@ def together(f):
     result = f()
   except Exception as e:
     error = e
-  others = gather(' '.join(str(error).split()) or type(error).__name__ if error else None)
+  said = ' '.join(str(error).split()) or type(error).__name__ if error else None
+  failed = [(called(i, host), text) for i, (host, text) in enumerate(gather([HOST, said])) if text]
   if error:
     raise error
-  for i, text in enumerate(others):
-    if text:
-      raise ProcessError(f'process {i}: {text}')
+  if failed:
+    raise ProcessError(f'{some([who for who, text in failed if text == failed[0][1]])}: {failed[0][1]}')
   return result
 
 
 def on_main(f):
   """f() on process 0 alone, its value (JSON) and its error everywhere."""
   return gather(together(f if main() else lambda: None))[0]
-
-
-def agree(what: str, value: dict, remedy: str) -> None:
-  """Raises ProcessError, with the keys that differ, unless all processes hold the same value."""
-  values = gather(value)
-  for i, other in enumerate(values):
-    if other != values[0]:
-      keys = [f'{k} {values[0].get(k)} / {other.get(k)}' for k in values[0] | other if values[0].get(k) != other.get(k)]
-      raise ProcessError(f'{what} of process 0 and {i} differ: {"; ".join(keys)}. FIX: {remedy}')
 
 
 class StopSignal:
@@ -173,10 +191,12 @@ def coordinator_host() -> str:
 
 
 def leave(code: int) -> int:
-  """Exit code of a failed process; with several, it ends here at once, so that the others see it and end too."""
+  """Exit code of a failed process; with several, it ends here, so that the others see it and end too."""
   if jax.distributed.is_initialized():
     logging.shutdown()
     sys.stdout.flush()
     sys.stderr.flush()
+    if distributed.global_state.process_id == 0:      # jax ends the others with it, in words of its own
+      time.sleep(LAST_S)
     os._exit(code)
   return code

@@ -1,7 +1,10 @@
 """The line a person watches: loss parts, rates, share of time spent waiting for data, time left."""
+import math
 import time
 
 import numpy as np
+
+FORECAST = 20      # steps until it is told what the run will take
 
 
 class Window:
@@ -23,6 +26,7 @@ class Progress:
     self.windows = {n: Window() for n in names}
     self.step_seconds = {}     # phase -> running mean, without the first step (compiling, cold caches)
     self.seen = set()
+    self.steps = 0             # of this life
 
   def add(self, phase: str, rows: dict[str, int], wait: float, seconds: float) -> None:
     """One finished step; `seconds` with the waiting."""
@@ -34,6 +38,7 @@ class Progress:
     if phase in self.seen:
       self.step_seconds[phase] = .9 * self.step_seconds.get(phase, seconds) + .1 * seconds
     self.seen.add(phase)
+    self.steps += 1
 
   def scalars(self, phase: str) -> dict[str, float]:
     """perf/* and data/wait_frac since the last call for this phase."""
@@ -41,11 +46,33 @@ class Progress:
     seconds = max(w.seconds, 1e-9)
     return {f'perf/{s}_per_s': n / seconds for s, n in w.rows.items()} | {'data/wait_frac': w.wait / seconds}
 
+  def rest(self, step: int) -> dict[str, int]:
+    """Steps of each phase that come after `step` steps."""
+    counts = {n: int((self.plan[step:] == i).sum()) for i, n in enumerate(self.names)}
+    return {n: count for n, count in counts.items() if count}
+
   def left(self, step: int) -> str:
-    rest = {n: int((self.plan[step:] == i).sum()) for i, n in enumerate(self.names)}
-    if any(n and name not in self.step_seconds for name, n in rest.items()):
+    rest = self.rest(step)
+    if rest.keys() - self.step_seconds.keys():
       return '?'
-    return clock(sum(n * self.step_seconds.get(name, 0.) for name, n in rest.items()))
+    return clock(sum(n * self.step_seconds[name] for name, n in rest.items()))
+
+  def forecast(self, step: int, devices: int, flops: dict[str, float]) -> str:
+    """After FORECAST steps of this life, what the rest takes: one line; '' at all other steps, and with nothing left.
+
+    Args:
+      flops: {phase: of a step of all devices, nan = not known}.
+    """
+    rest = self.rest(step)
+    timed = {n: count * self.step_seconds[n] / 3600 for n, count in rest.items() if n in self.step_seconds}
+    if self.steps != FORECAST or not timed:
+      return ''
+    hours, later = sum(timed.values()), [n for n in rest if n not in timed]
+    speed = [f'{n} {flops[n] / self.step_seconds[n] / devices / 1e12:.3g}' for n in timed
+             if not math.isnan(flops[n])]
+    return (f'{hours:.3g} hours left for {sum(rest[n] for n in timed)} steps, {hours * devices:.3g} device hours; '
+            'evaluations and saves not counted' + (f'; {", ".join(later)} not timed yet' if later else '')
+            + (f' | TFLOP/s a device: {", ".join(speed)}' if speed else ''))
 
   def line(self, step: int, phase: str, metrics: dict, perf: dict) -> str:
     parts = ' '.join(f'{k[6:].removesuffix("_loss")} {v:.3f}' for k, v in metrics.items()

@@ -14,12 +14,12 @@ from concurrent import futures
 import jax
 import numpy as np
 
-from data_pipelines import cases, evalset, files, manifest, streams
+from data_pipelines import cases, evalset, files, manifest, prepared, streams
 from unimiss_jax import (
     checkpoint,
     final_test,
     init_from,
-    optim,
+    preflight,
     probe_first,
     processes,
     sharding,
@@ -32,6 +32,7 @@ from unimiss_jax.lifeline import Lifeline
 from unimiss_jax.methods import base
 from unimiss_jax.mirror import Mirror
 from unimiss_jax.observer import Observer
+from unimiss_jax.optim import adamw
 from unimiss_jax.progress import Progress, Stopwatch, clock
 from unimiss_jax.report import summary
 from unimiss_jax.state import own, parameters
@@ -74,9 +75,8 @@ def train_and_evaluate(config, folder: str, resume: str = 'auto', preempt_exit_c
 
 
 def _life(config, folder, resume, preempt_exit_code, stop, watchdog) -> int:
+  preflight.same_run(config, folder, resume)
   processes.together(lambda: check(config, folder))
-  mine = workdir.flat(config.to_dict()) | workdir.versions() | {'--workdir': str(folder), '--resume': resume}
-  processes.agree('config', mine, 'start all processes with the same command')
   processes.on_main(lambda: workdir.claim(folder, config, resume))
   processes.together(lambda: workdir.seen(folder, config))
   if processes.on_main(lambda: workdir.finished(folder, config)):
@@ -110,6 +110,10 @@ def check(config, folder) -> None:
   if '://' in str(folder) and not str(folder).startswith(STORES):
     raise validate.ConfigError(f'--workdir={folder}: checkpoints cannot be written there. FIX: use a local folder or '
                                'gs://')
+  of_streams = [part for s in validate.streams(config) for part in prepared.weights(config.data[s])]
+  for path in (*of_streams, config.data.manifest, config.eval.knn):
+    if path:
+      files.check_there(path)
 
 
 class Run:
@@ -125,14 +129,15 @@ class Run:
     listed = [s.manifest for s in self.streams.values() if s.manifest]
     self.lists = ({'manifest': listed[0]} if listed else {}) | self.streams
     self.records = {n: {'count': s.records, 'hash': s.digest} for n, s in self.lists.items()}
-    processes.agree('records', {f'data.{n}': r for n, r in self.records.items()},
-                    'let every host see the same files (the lines above name those that were skipped)')
+    preflight.same_records(self.records)
+    self.read_ahead = sum(s.read_ahead for s in self.streams.values())
+    preflight.check_memory(self.read_ahead)
     validate.check_channels(config, {n: s.spec for n, s in self.streams.items()})
     self.method = validate.made(base.make, config, {n: (s.records, s.spec) for n, s in self.streams.items()})
     validate.check_method(config, self.method)
     self.total = self.method.total_steps
-    self.optimiser = optim.adamw(self.method.groups, clip=config.optim.clip, clip_mode=config.optim.clip_mode,
-                                 eps=config.optim.eps, rate=self.method.rate)
+    self.optimiser = adamw(self.method.groups, clip=config.optim.clip, clip_mode=config.optim.clip_mode,
+                           eps=config.optim.eps, rate=self.method.rate)
 
     init = step.make_init(config, self.method, self.optimiser)
     key = jax.random.key(config.seed)
@@ -145,6 +150,8 @@ class Run:
                                         self.refusal if resume != 'force' else lambda meta: None)
     processes.on_main(lambda: workdir.keep_records(folder, {n: s.listing() for n, s in self.lists.items()}))
     if restored is None:
+      if config.init_from:
+        processes.together(lambda: files.check_there(config.init_from))
       given = init_from.read(config, abstract.params) if config.init_from else {}
       self.loaded = len(given), len(jax.tree.leaves(abstract.params))
       self.state = jax.jit(init, out_shardings=placed)(key, given)
@@ -206,6 +213,8 @@ class Run:
         self.state = probe_first.start(self.state, self.observer, self.fit(tests.stream))
       self.evaluate(0)
     steps = {n: s.result() for n, s in self.steps.items()}
+    costs = {n: preflight.cost(s, self.mesh.size) for n, s in steps.items()}
+    logging.info('a step of %s', preflight.told(costs))
     processes.meet('compiled')
     trim_memory()
     fetcher = futures.ThreadPoolExecutor(1)     # draws the next batch while the device works
@@ -221,6 +230,8 @@ class Run:
           batch = fetched.result() if fetched else None
       watchdog.alive()
       progress.add(name, self.method.phases[name].streams, waiting.seconds, whole.seconds)
+      if forecast := progress.forecast(after, self.mesh.size, {n: c.flops for n, c in costs.items()}):
+        logging.info(forecast)
       skipped, last, asked = int(metrics['train/skipped']), after == total, stop.asked(after)
       if skipped or last or i in logged:
         self.checkpoints.check()
@@ -260,11 +271,11 @@ class Run:
   def describe(self):
     lr, _ = step.schedules(self.config, self.method)
     levels = {f'{n} {k[6:]} {v:.3f}' for n, p in self.method.phases.items() for k, v in p.chance.items()}
-    logging.info('%s, preset %s | %.2f M parameters, state %.3g GB a device | %d steps, %d an epoch | %s | '
-                 'mesh %s, %d processes | learning rate %.2e',
+    logging.info('%s, preset %s | %.2f M parameters, state %.3g GB a device | %d steps, %d an epoch | %s, '
+                 'up to %.2g GB of them read ahead | mesh %s, %d processes | learning rate %.2e',
                  self.config.method, self.config.preset, parameters(self.state.params) / 1e6,
                  sharding.bytes_per_device(self.state) / 1e9, self.total, self.method.steps_per_epoch,
-                 ', '.join(f'{s.records} {n} records' for n, s in self.streams.items()),
+                 ', '.join(f'{s.records} {n} records' for n, s in self.streams.items()), self.read_ahead / 1e9,
                  dict(self.mesh.shape), jax.process_count(),
                  max(float(lr(i)) for i in range(0, self.total, max(self.total // 1000, 1))))
     if levels:

@@ -14,7 +14,7 @@ from unimiss_jax.validate import ConfigError
 FREE = ('mesh', 'log', 'eval', 'checkpoint')    # sections that may change between lives of a run
 FREE_LEAVES = ('data.workers',)
 RECORDS = 'records.json'
-PACKAGES = ('jax', 'flax', 'optax', 'orbax-checkpoint', 'grain', 'numpy')
+PACKAGES = ('jax', 'jaxlib', 'flax', 'optax', 'orbax-checkpoint', 'grain', 'numpy')
 
 
 def flat(tree, prefix='') -> dict:

@@ -177,10 +177,11 @@ def test_read_ahead_is_bounded(config, tmp_path, workers):
 
   config.data.workers = workers
   stream = streams.Stream('xray', config, Counted())
-  stream.next()
+  first = stream.next()
   time.sleep(1 if workers else .3)
   batches = (log.stat().st_size - 1) / 4    # one record was read for the spec
   assert 1 <= batches <= (streams.BUFFER + streams.THREADS + 2) * max(workers, 1)
+  assert batches <= stream.read_ahead / sum(x.nbytes for x in first.values()) <= 10 * max(workers, 1)
   stream.close()
 
 

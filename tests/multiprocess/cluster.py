@@ -4,12 +4,12 @@ import os
 import pathlib
 import re
 import signal
-import socket
 import subprocess
 import sys
 import time
 
 from tests.conftest import ROOT
+from unimiss_jax.cli.launch_local import free_port
 
 CONFIG = 'tests/multiprocess/light.py'
 PROGRAM = 'tests/multiprocess/recording.py'
@@ -105,9 +105,3 @@ def rows(workdir) -> list[dict]:
     if row.get('phase') != 'eval':
       out.append(row)
   return out
-
-
-def free_port() -> int:
-  with socket.socket() as s:
-    s.bind(('127.0.0.1', 0))
-    return s.getsockname()[1]

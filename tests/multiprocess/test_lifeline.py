@@ -7,7 +7,7 @@ import time
 import pytest
 
 from tests.conftest import ROOT
-from tests.multiprocess.cluster import free_port
+from unimiss_jax.cli.launch_local import free_port
 
 
 @pytest.mark.parametrize('victim', [2, 0])

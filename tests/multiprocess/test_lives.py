@@ -1,6 +1,7 @@
 """A run that is killed, stopped, moved or starved of disk goes on as if nothing had happened; real processes."""
 import re
 import signal
+import socket
 import time
 
 import numpy as np
@@ -107,5 +108,31 @@ def test_processes_that_were_started_unlike_each_other_say_so(folder):
   workdir = folder / 'unlike'
   run = Cluster(workdir, each=['--config.seed=0', '--config.seed=1'], processes=2, devices=4)
   assert run.wait() == [1, 1], run.said()
-  assert 'config of process 0 and 1 differ: seed 0 / 1. FIX: start all processes with the same command' in run.said(0)
+  host = socket.gethostname()
+  want = (f'ERROR config of all processes must be the same, but unlike process 0 ({host}) process 1 ({host}) has '
+          'seed 1 instead of 0. FIX: start all processes with the same command')
+  assert [errors(run, i) for i in range(2)] == [[want]] * 2, run.said()
   assert not (workdir / 'config.json').exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('what,text', [
+    ('installation', r'installation of all processes must .* process 1 \({host}\) has jax 0.0 instead of \S+. FIX: '
+                     r'install the same on all hosts: .*'),
+    ('devices', r'devices of all processes must .* process 1 \({host}\) has count 2 instead of 4. FIX: give every .*'),
+    ('data', r'process 1 \({host}\): UNREADABLE scans: nothing is there. FIX: check the path; every host must see it')])
+def test_a_host_that_is_unlike_the_others_is_named_on_all(folder, what, text):
+  """The same command; the second process has another installation, fewer devices, or does not see the data."""
+  (folder / 'scans').mkdir(exist_ok=True)
+  flags = ['--config.data.ct=scans'] if what == 'data' else []
+  run = Cluster(folder / what, *flags, program='tests/multiprocess/unlike.py', processes=2, devices=4, UNLIKE=what,
+                SEEN=str(folder))
+  assert run.wait() == [1, 1], run.said()
+  pattern = 'ERROR ' + text.replace('{host}', re.escape(socket.gethostname()))
+  for i in range(2):
+    assert len(errors(run, i)) == 1 and re.fullmatch(pattern, errors(run, i)[0]), run.said(i)
+    assert 'Traceback' not in run.said(i)
+
+
+def errors(run, which):
+  return [line for line in run.said(which).splitlines() if line.startswith('ERROR ')]

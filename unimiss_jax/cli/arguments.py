@@ -11,6 +11,8 @@ from absl import flags
 
 from data_pipelines.command import fail
 
+PROGRAM, SETTINGS = 'main.py', 'launch.env'
+START = f'set -a; . ./{SETTINGS}; set +a; exec "$@"'      # sh -c START - COMMAND: with the settings of the project
 ASSUMED = 'num_heads', 'decoder_heads', 'volume_size'
 
 
@@ -65,14 +67,17 @@ def reason(argv, error) -> str:
   if 'Error whilst parsing config file' in text:      # the last of the traceback's lines says it
     return re.sub(r'.*?\b\w*(Error|Exception): ', '', text.split('Traceback')[-1])
   file = config_file(argv)
-  keys = [m[1] for a in argv if (m := re.match(r'--?config\.([\w.]+)', a))]
-  if isinstance(error, (KeyError, AttributeError)) and file:
-    known = leaves(load(file))
-    for key in keys:
-      if key not in known:
-        near = difflib.get_close_matches(key, known, 1, 0.)
-        return f'config key "{key}" unknown; did you mean "{near[0]}"?'
-  return text
+  return isinstance(error, (KeyError, AttributeError)) and file and unknown_key(file, argv) or text
+
+
+def unknown_key(file: str, argv) -> str | None:
+  """The first --config.a.b that the config of `file` has not, with the nearest that it has."""
+  known = leaves(load(file))
+  for key in (m[1] for a in argv if (m := re.match(r'--?config\.([\w.]+)', a))):
+    if key not in known:
+      near = difflib.get_close_matches(key, known, 1, 0.)
+      return f'config key "{key}" unknown; did you mean "{near[0]}"?'
+  return None
 
 
 def load(file: str):

@@ -17,14 +17,12 @@ import time
 from typing import NamedTuple
 
 from data_pipelines.command import Parser, fail
-from unimiss_jax.cli.arguments import module
+from unimiss_jax.cli.arguments import PROGRAM, SETTINGS, START, module
 from unimiss_jax.progress import clock
 from unimiss_jax.report import results, summary
 
 USAGE = ('python -m unimiss_jax.cli.sweep --grid=NAME[,NAME] --out=DIR [--weights=PATH] [--seeds=0,1,2] '
          '[--fractions=.05,1] [--jobs=1] [--num_shards=N --shard_index=I] [--config.a.b=value] [--draft]')
-PROGRAM, SETTINGS = 'main.py', 'launch.env'
-START = f'set -a; . ./{SETTINGS}; set +a; exec "$@"'
 LOG = 'logs/sweep.txt'
 LEAVES = 'sweep.json'     # in a run's folder: what was given on its command line
 POLL_S = .1
