@@ -25,6 +25,7 @@ from unimiss_jax import (
     sharding,
     step,
     validate,
+    weights,
     workdir,
 )
 from unimiss_jax.best import Best
@@ -153,11 +154,12 @@ class Run:
       if config.init_from:
         processes.together(lambda: files.check_there(config.init_from))
       given = init_from.read(config, abstract.params) if config.init_from else {}
-      self.loaded = len(given), len(jax.tree.leaves(abstract.params))
+      self.loaded = {'loaded': [len(given), len(jax.tree.leaves(abstract.params))],
+                     'weights_hash': weights.digest(given) if given else ''}
       self.state = jax.jit(init, out_shardings=placed)(key, given)
     else:
       state, meta = restored
-      self.loaded = meta.get('loaded', (0, 0))
+      self.loaded = {k: meta[k] for k in ('loaded', 'weights_hash') if k in meta}
       self.state = own(state)
       for name, stream in self.streams.items():
         stream.seek(meta['positions'].get(name, 0))      # --resume=force may have turned a stream on
@@ -318,8 +320,8 @@ class Run:
     state = restored[0] if restored else self.state
     fit = self.fit(tests.stream)
     watchdog.alive()
-    about = {'step': int(state.step), 'steps': int(self.state.step), 'loaded': list(self.loaded),
-             'parameters': parameters(state.params), 'seconds': time.monotonic() - self.began}
+    about = self.loaded | {'step': int(state.step), 'steps': int(self.state.step),
+                           'parameters': parameters(state.params), 'seconds': time.monotonic() - self.began}
     local = self.mirror.local if self.main else None
     save = lambda i, labels: tests.save(i, labels, local / 'eval' / 'predictions')
     final_test.run(self.config, self.observer.logits(state, tests), fit, tests, about, local,
@@ -346,7 +348,7 @@ class Run:
   def about(self, positions) -> dict:
     """What a checkpoint says of itself."""
     return {'format': 1, 'positions': positions, 'records': self.records,
-            'config_hash': workdir.config_hash(self.config), 'versions': workdir.versions(), 'loaded': self.loaded}
+            'config_hash': workdir.config_hash(self.config), 'versions': workdir.versions()} | self.loaded
 
   def end(self, checkpoints):
     try:

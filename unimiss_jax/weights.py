@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 from typing import NamedTuple
 
@@ -128,3 +129,12 @@ def _left_out(model: dict) -> list[str]:
   """What an export says that it lacks was left out by name."""
   return [f'{n}D' for n in (2, 3) if n not in model.get('dimensions', (2, 3))] + (
       ['decoder'] if not model.get('decoder', True) else [])
+
+
+def digest(tree) -> str:
+  """Hash of names, shapes and numbers of a tree of arrays: the same for a run and for what was exported from it."""
+  found = hashlib.blake2b(digest_size=16)
+  for name, tensor in sorted(named_leaves(tree).items()):
+    found.update(f'{name} {tensor.shape} {tensor.dtype}'.encode())
+    found.update(np.asarray(tensor).tobytes())
+  return found.hexdigest()

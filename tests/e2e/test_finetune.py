@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from tests.e2e import tiny
-from unimiss_jax import checkpoint, train
+from unimiss_jax import checkpoint, train, weights
 from unimiss_jax.checkpoint import Checkpoints
 from unimiss_jax.methods import base
 from unimiss_jax.mirror import Mirror
@@ -55,6 +55,8 @@ def test_what_the_end_of_a_run_says(undisturbed, pretrained):
           'fraction': 1., 'cases': 8, 'fit': 16, 'steps': 8}
   assert {k: found[k] for k in want} == want
   assert found['step'] in (4, 8) and found['loaded'][0] == found['loaded'][1] - 2
+  encoder = {n: x for n, x in params(pretrained).items() if '/transformer/' in n}
+  assert found['weights_hash'] == weights.digest(encoder)
   assert found['control']['chance/auroc'] == .5 and 0 <= found['control']['raw/auroc'] <= 1
   assert found['interval']['auroc'][0] <= found['scores']['auroc'] <= found['interval']['auroc'][1]
   with np.load(undisturbed / 'eval' / 'test.npz') as table:
@@ -77,7 +79,7 @@ def test_a_stopped_run_goes_on_bit_for_bit(undisturbed, pretrained, tmp_path, mo
   got, want = params(tmp_path), params(undisturbed)
   assert all(np.array_equal(got[n], want[n]) for n in want)
   scores = lambda folder: {k: v for k, v in json.loads((folder / 'eval' / 'test.json').read_text()).items()
-                           if k in ('scores', 'control', 'interval', 'step', 'loaded')}
+                           if k in ('scores', 'control', 'interval', 'step', 'loaded', 'weights_hash')}
   assert scores(tmp_path) == scores(undisturbed)
 
 

@@ -3,7 +3,6 @@
 Inputs are prepared as the weights were trained. A volume is shown as boxes that cover all of it; its embedding is the
 mean over those that hold a body. A file that cannot be used costs its own row, which says why.
 """
-import hashlib
 import json
 import logging
 import sys
@@ -132,6 +131,7 @@ def embed(ckpt, data, out, *, per_tile=False, branch='', batch=8, workers=2, mod
 
 def _network(found, batch: int):
   """-> the encoder, and what the table says of it."""
+  from unimiss_jax import weights
   from unimiss_jax.porting import arch as architectures
   from unimiss_jax.porting.errors import PortingError
   from unimiss_jax.report import card
@@ -154,19 +154,9 @@ def _network(found, batch: int):
       raise PortingError(f'{found.source}, {kind}s: {e}. FIX: of a file with other channels, --in_chans=sum or '
                          '--in_chans=repeat') from e
   encoder = {'transformer': found.params['backbone']['transformer']}
-  about = {'checkpoint': found.source, 'branch': found.branch, 'weights_hash': weights_hash(encoder), 'arch': fields,
-           'views': views, 'recorded': recorded}
+  about = {'checkpoint': found.source, 'branch': found.branch, 'arch': fields,
+           'weights_hash': weights.digest({'backbone': encoder}), 'views': views, 'recorded': recorded}
   return Network(module, encoder, batch), about
-
-
-def weights_hash(encoder) -> str:
-  """Of names, shapes and numbers: the same for a run and for what was exported from it."""
-  from unimiss_jax.optim import named_leaves
-  digest = hashlib.blake2b(digest_size=16)
-  for name, tensor in sorted(named_leaves(encoder).items()):
-    digest.update(f'{name} {tensor.shape} {tensor.dtype}'.encode())
-    digest.update(tensor.tobytes())
-  return digest.hexdigest()
 
 
 def _how(found, about, modality, sequences, frame, spacing_mm, tile):
