@@ -31,8 +31,10 @@ class Observer:
       outcome = (supervised.classify(logits, self.evalset, task.exclusive) if task.kind == 'cls' else
                  supervised.segment(logits, self.evalset, task))
       return {f'eval/{k}': v for k, v in outcome.scores.items() if np.isfinite(v)}
-    features = {k: self._apply('embed', state, {k: x})[k][:, 0] for k, x in self.evalset.views.items()}
-    values = online.run(features, self.evalset, self.config.eval.tasks)
+    features = {k: self.embedding(state, k, x[:, 0]) for k, x in self.evalset.views.items()}
+    pairs = ({k: self._apply('project', state, {k: e[:, None]})[k][:, 0] for k, e in features.items()}
+             if 'project' in self._predict else features)
+    values = online.run(features, self.evalset, self.config.eval.tasks, pairs)
     values = {k: v for k, v in values.items() if np.isfinite(v)}
     if at == 0:
       values |= online.control(self.evalset, self.config.eval.tasks, self.config.drr.view)

@@ -1,4 +1,6 @@
 """kNN, AUROC and recall against scikit-learn and by hand."""
+from types import SimpleNamespace
+
 import numpy as np
 from sklearn.metrics import roc_auc_score
 from sklearn.neighbors import NearestNeighbors
@@ -39,3 +41,16 @@ def test_recall_of_identity_chance_and_ties():
 def test_pooling_is_a_mean_over_blocks():
   x = RNG.normal(size=(2, 8, 16))
   np.testing.assert_allclose(online.pooled(x, (4, 4)), x.reshape(2, 4, 2, 4, 4).mean((2, 4)).reshape(2, -1))
+
+
+def test_retrieval_looks_at_what_the_losses_compare():
+  x = RNG.normal(size=(40, 8))
+  fit = {'ct': np.arange(40) < 10, 'xray': np.zeros(40, bool)}
+  apart = SimpleNamespace(labels={}, fit=fit, paired=True)
+  embeddings = {'ct': x, 'drr': RNG.permutation(x), 'xray': RNG.permutation(x)}
+  pairs = {'ct': x, 'drr': x + .01, 'xray': x * 2}
+  got = online.run(embeddings, apart, ('retrieval',), pairs)
+  assert got['eval/drr_to_ct_r10'] == got['eval/xray_to_ct_r10'] == 1.
+  assert got['eval/drr_to_ct_r10/embedding'] < .7 and got.keys() == {
+      f'eval/{q}_to_ct_r10{end}' for q in ('drr', 'xray') for end in ('', '/embedding')}
+  assert online.run(pairs, apart, ('retrieval',)).keys() == {f'eval/{q}_to_ct_r10' for q in ('drr', 'xray')}

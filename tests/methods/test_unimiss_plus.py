@@ -145,7 +145,7 @@ def test_a_term_of_weight_0_is_not_built():
   assert int(metrics['train/skipped']) == 0
   assert {k for k in metrics if k.endswith('_loss')} == {'train/nce_loss'}
   assert start.extra == {} and 'last_layer' not in start.params['head'] and list(built.method.weights) == ['student']
-  assert built.method.predict.keys() == {'embed'}
+  assert built.method.predict.keys() == {'embed', 'project'}
   decoder = [n for n in named_leaves(start.params) if 'DecEmbed' in n]
   assert decoder and all(built.method.groups(n) == 'fixed' for n in decoder)
 

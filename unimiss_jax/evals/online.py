@@ -9,9 +9,17 @@ from unimiss_jax.evals.knn import knn_auc
 from unimiss_jax.evals.retrieval import recall
 
 
-def run(features: dict, evalset, tasks) -> dict[str, float]:
-  """{'ct' | 'drr' | 'xray': [N, E]} -> {'eval/...': value}; the set says what can be computed."""
-  out = {}
+def run(features: dict, evalset, tasks, pairs: dict | None = None) -> dict[str, float]:
+  """Scores {'eval/...': value}; the set says what can be computed.
+
+  Args:
+    features: {'ct' | 'drr' | 'xray': [N, E]}, embeddings.
+    evalset: of data_pipelines.evalset.
+    tasks: of 'knn', 'retrieval'.
+    pairs: {name: [N, D]}, what retrieval compares: a loss that brings a DRR to its CT does so behind the head, and
+      embeddings before it may stay apart. Their own retrieval is then 'eval/..._r10/embedding'. None = the embeddings.
+  """
+  out, pairs = {}, features if pairs is None else pairs
   for name in ('ct', 'xray'):
     if 'knn' in tasks and name in features and evalset.labels.get(name):
       values = knn_auc(features[name], evalset.labels[name], evalset.fit[name])
@@ -22,7 +30,9 @@ def run(features: dict, evalset, tasks) -> dict[str, float]:
       if query in features and (query == 'drr' or evalset.paired):
         test = ~evalset.fit['ct']
         if test.sum() > 10:
-          out[f'eval/{query}_to_ct_r10'] = recall(features[query][test], features['ct'][test], 10)
+          spaces = {'': pairs} | ({'/embedding': features} if pairs is not features else {})
+          out |= {f'eval/{query}_to_ct_r10{end}': recall(x[query][test], x['ct'][test], 10)
+                  for end, x in spaces.items()}
   return out
 
 

@@ -29,7 +29,7 @@ class Method(NamedTuple):
   schedule: Callable             # step -> (phase name, boundary or None): pure, all processes agree
   post: Callable                 # (params, extra, aux, step) -> extra, after the optimiser
   weights: Mapping[str, Callable]   # 'student', 'teacher': (params, extra) -> weights
-  predict: Mapping[str, Callable]   # 'embed', ...: (weights, extra, batch) -> arrays
+  predict: Mapping[str, Callable]   # 'embed', 'project' (of embeddings), ...: (weights, extra, batch) -> arrays
   total_steps: int
   steps_per_epoch: int
   rate: Callable = lambda group: 1.    # group -> factor of the learning rate

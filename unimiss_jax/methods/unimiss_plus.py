@@ -189,6 +189,10 @@ def make(config, data) -> Method:
     one = lambda x: backbone(weights, x.reshape(-1, *x.shape[2:])).embedding.reshape(*x.shape[:2], -1)
     return {k: one(x) for k, x in batch.items()}
 
+  def compare(weights, extra, batch):
+    """{name: embeddings [B, V, E]} -> {name: [B, V, D]}: the space in which the losses compare views."""
+    return {k: head.apply({'params': weights['head']}, e, method='project') for k, e in batch.items()}
+
   def reconstruct(weights, extra, batch):
     """As embed, but the reconstruction in [0, 1], shaped like the input."""
     one = lambda x: jax.nn.sigmoid(
@@ -206,7 +210,8 @@ def make(config, data) -> Method:
       phases={n: build[n]._replace(couples_samples=couples) for n in names},
       weights={'student': lambda params, extra: params}
       | ({'teacher': lambda params, extra: extra['teacher']} if distils else {}),
-      predict={'embed': embed} | ({'reconstruct': reconstruct} if reconstructs else {}),
+      predict={'embed': embed} | ({'project': compare} if distils or loss.nce or loss.pair_nce else {})
+      | ({'reconstruct': reconstruct} if reconstructs else {}),
       total_steps=total, steps_per_epoch=steps_per_epoch)
 
 
