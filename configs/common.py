@@ -90,6 +90,12 @@ def base() -> ConfigDict:
       encoder_drop_path=0., decoder_drop_path=0.1,
       conv_residual=False, last_stride=2, final_norm=False, init='released',
       dtype='float32',            # of the activations; parameters, norms and losses stay float32
+      remat='',                   # '' | convs | blocks | all: computed again in the backward pass, for large crops
+      fold=True,                  # reconstruct without the decoder's finest map: less work, equal but for rounding
+  ))
+  c.speed = ConfigDict(dict(      # less work, equal but for rounding; False = the plain form
+      shared_2d=True,             # DRR and slices of a CT go through the 2-D branch together
+      shared_head=True,           # slices are averaged before the last layer, all students pass it together
   ))
   c.head = ConfigDict(dict(out_dim=65536, hidden_dim=2048, bottleneck_dim=256,
                            batch_standardize=False))   # projections for InfoNCE: zero mean, unit std over the batch

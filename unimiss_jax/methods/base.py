@@ -41,9 +41,9 @@ def make(config, data) -> Method:
 
 
 def view_keys(rng, n):
-  """rng [B, 2] uint32, one key per record -> [B * n] keys, sample-major, one per view of it."""
+  """rng [B, 2] uint32, one key per record -> [B, n] keys, one per view of it."""
   keys = jax.random.wrap_key_data(rng, impl='threefry2x32')
-  return jax.vmap(lambda k: jax.random.split(k, n))(keys).reshape(-1)
+  return jax.vmap(lambda k: jax.random.split(k, n))(keys)
 
 
 def weighted(terms, mean, metrics):

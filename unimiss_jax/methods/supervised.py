@@ -55,7 +55,7 @@ def make(config, data) -> Method:
 
   def loss(params, extra, batch, key, step):
     rows = batch[stream]
-    z = logits(params, rows[stream][:, 0], view_keys(rows['rng'], 1))
+    z = logits(params, rows[stream][:, 0], view_keys(rows['rng'], 1)[:, 0])
     if not segments:
       value = classification.cross_entropy(z, rows['label'], task.exclusive)
       return weighted({'ce_loss': (1., value)}, {},

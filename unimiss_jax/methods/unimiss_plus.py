@@ -27,7 +27,7 @@ CENTER_UPDATES = {'once': 'unimiss_jax.losses.distillation', 'sequential': 'unim
 
 
 def make(config, data) -> Method:
-  loss, batch = config.loss, config.batch
+  loss, batch, speed = config.loss, config.batch, config.speed
   check_terms(loss, config.phases)
   distils = any(loss[k] for k in DISTILL)
   reconstructs = any(loss[k] for k in RECONSTRUCT)
@@ -58,22 +58,24 @@ def make(config, data) -> Method:
   def backbone(params, x, keys=None, decode=False):
     return model.apply({'params': params['backbone']}, x, train=keys is not None, decode=decode, row_keys=keys)
 
-  def views(params, x, rng, decode):
-    """x [B, 2, ...] -> embedding [B, 2, E], reconstruction like x or None. Sample-major: rows stay on their device."""
-    keys = view_keys(rng, x.shape[1])
-    out = backbone(params, x.reshape(-1, *x.shape[2:]), keys, decode)
-    image = None if out.reconstruction is None else out.reconstruction.reshape(x.shape)
+  def views(params, x, keys, decode):
+    """x [B, V, ...], keys [B, V] -> embedding [B, V, E], reconstruction [B, n, ...] of the first n = decode views or
+    None. Sample-major: rows stay on their device."""
+    decode = decode and (decode, x.shape[1])
+    out = backbone(params, x.reshape(-1, *x.shape[2:]), keys.reshape(-1), decode)
+    image = out.reconstruction
+    image = None if image is None else image.reshape(len(x), -1, *image.shape[1:])
     return out.embedding.reshape(*x.shape[:2], -1), image
 
-  def logits(params, embedding):     # [..., E] -> [..., K]
-    flat = head.apply({'params': params['head']}, embedding.reshape(-1, embed_dim))
-    return flat.reshape(*embedding.shape[:-1], -1)
+  def of_head(params, x, method=None):      # [..., E] -> [..., K]
+    flat = head.apply({'params': params['head']}, x.reshape(-1, x.shape[-1]), method=method)
+    return flat.reshape(*x.shape[:-1], -1)
 
   def project(params, embedding):    # [B, 2, E] -> [2, B, D], the head's MLP output
-    z = head.apply({'params': params['head']}, embedding.reshape(-1, embed_dim), method='project')
+    z = of_head(params, embedding, 'project')
     if h.batch_standardize:
-      z = contrastive.standardize(z)
-    return z.reshape(*embedding.shape[:2], -1).swapaxes(0, 1)
+      z = contrastive.standardize(z.reshape(-1, z.shape[-1])).reshape(z.shape)
+    return z.swapaxes(0, 1)
 
   def distil(student, teacher, center, step):
     return distillation.dino_loss(
@@ -88,38 +90,65 @@ def make(config, data) -> Method:
   def teach(extra, x):
     """Teacher logits of two views [B, 2, ...]; the encoder alone."""
     embedding = backbone(extra['teacher'], x.reshape(-1, *x.shape[2:])).embedding
-    return jax.lax.stop_gradient(logits(extra['teacher'], embedding.reshape(*x.shape[:2], -1)))
+    return jax.lax.stop_gradient(of_head(extra['teacher'], embedding.reshape(*x.shape[:2], -1)))
 
-  def slices(params, ct, rng):
-    """Mean logits over every n-th slice of each sequence of a CT crop, through the 2D branch. ct [B, 2, D, H, W, C]."""
+  def slices(ct):
+    """Every n-th slice of each sequence of a CT crop as an image: [B, 2, D, H, W, C] -> [B, 2 * S, H, W, 3]."""
     x = ct[:, :, ::loss.slices]                                            # [B, 2, S, H, W, C]
     if loss.slice_intensity == 'minmax':
       x = reconstruction.minmax(x, loss.recon_minmax_eps, axes=(2, 3, 4))
-    x = jnp.moveaxis(x, -1, 3).reshape(*x.shape[:2], -1, *x.shape[3:5], 1)    # [B, 2, S * C, H, W, 1]
-    x = jnp.broadcast_to(x, (*x.shape[:-1], 3))
-    keys = view_keys(rng, x.shape[1] * x.shape[2])
-    embedding = backbone(params, x.reshape(-1, *x.shape[3:]), keys).embedding
-    return logits(params, embedding.reshape(*x.shape[:3], -1)).mean(2)
+    x = jnp.moveaxis(x, -1, 3).reshape(len(x), -1, *x.shape[3:5], 1)
+    return jnp.broadcast_to(x, (*x.shape[:-1], 3))
+
+  def pictures(params, rows):
+    """What the 2-D branch makes of a CT: embeddings of DRR [B, 2, E], their reconstruction, embeddings of slices
+    [B, 2, S, E]; None for what no loss looks at."""
+    keys = partial(view_keys, rows['rng'])
+    drr, r_drr, cut = None, None, None
+    if loss.drr or loss.recon_drr or loss.pair_nce:
+      drr = rows['drr']
+    if loss.slice:
+      cut = slices(rows['ct'])
+    decode = 2 * bool(loss.recon_drr)
+    if drr is not None and cut is not None and speed.shared_2d and drr.shape[2:] == cut.shape[2:]:
+      both = jnp.concatenate([drr, cut], 1), jnp.concatenate([keys(2), keys(cut.shape[1])], 1)
+      e, r_drr = views(params, *both, decode)
+      drr, cut = e[:, :2], e[:, 2:]
+    else:
+      if drr is not None:
+        drr, r_drr = views(params, drr, keys(2), decode)
+      if cut is not None:
+        cut, _ = views(params, cut, keys(cut.shape[1]), 0)
+    return drr, r_drr, cut if cut is None else cut.reshape(len(cut), 2, -1, embed_dim)
+
+  def students(params, e: dict) -> dict:
+    """{name: embeddings [B, 2, E], of slices [B, 2, S, E]} -> {name: logits [B, 2, K]}, the mean over slices.
+
+    The last layer is linear: unit vectors may be averaged before it, and all names may pass it together.
+    """
+    if not speed.shared_head:
+      x = {k: of_head(params, v) for k, v in e.items()}
+      return {k: v if v.ndim == 3 else v.mean(2) for k, v in x.items()}
+    z = {k: of_head(params, v, 'unit') for k, v in e.items()}
+    z = jnp.stack([v if v.ndim == 3 else v.mean(2) for v in z.values()], 1)      # [B, names, 2, D]
+    return dict(zip(e, jnp.moveaxis(of_head(params, z, 'cosines'), 1, 0)))
 
   def ct_loss(params, extra, batch, key, step):
     rows = batch['ct']
     terms, mean = {}, {}
-    e_ct, r_ct = views(params, rows['ct'], rows['rng'], bool(loss.recon_ct))
+    e_ct, r_ct = views(params, rows['ct'], view_keys(rows['rng'], 2), 2 * bool(loss.recon_ct))
     metrics = embedding_health(e_ct)
-    if loss.drr or loss.recon_drr or loss.pair_nce:
-      e_drr, r_drr = views(params, rows['drr'], rows['rng'], bool(loss.recon_drr))
+    e_drr, r_drr, e_slice = pictures(params, rows)
     if loss.ct or loss.drr or loss.slice:
       t = teach(extra, rows['ct'])
       metrics |= collapse.teacher(t, extra['center'], teacher_temp(step))
-      students = {'dino_loss': (loss.ct, lambda: logits(params, e_ct)),
-                  'drr_loss': (loss.drr, lambda: logits(params, e_drr)),
-                  'slice_loss': (loss.slice, lambda: slices(params, rows['ct'], rows['rng']))}
+      weights = {name: (w, e) for name, w, e in (('dino_loss', loss.ct, e_ct), ('drr_loss', loss.drr, e_drr),
+                                                 ('slice_loss', loss.slice, e_slice)) if w}
       center = extra['center']
-      for name, (weight, student) in students.items():
-        if weight:
-          value, mean['center'] = distil(student(), t, center, step)
-          center = center_of_next(center, mean['center'])
-          terms[name] = (weight, value)
+      for name, student in students(params, {k: e for k, (_, e) in weights.items()}).items():
+        value, mean['center'] = distil(student, t, center, step)
+        center = center_of_next(center, mean['center'])
+        terms[name] = (weights[name][0], value)
     if loss.recon_ct:
       target = reconstruction.minmax(rows['ct'], loss.recon_minmax_eps, axes=(2, 3, 4))
       terms['recon_ct_loss'] = (loss.recon_ct, reconstruction.sigmoid_mse(r_ct, target))
@@ -140,12 +169,12 @@ def make(config, data) -> Method:
   def xray_loss(params, extra, batch, key, step):
     rows = batch['xray']
     terms, mean = {}, {}
-    e, r = views(params, rows['xray'], rows['rng'], bool(loss.recon_xray))
+    e, r = views(params, rows['xray'], view_keys(rows['rng'], 2), 2 * bool(loss.recon_xray))
     metrics = embedding_health(e)
     if loss.xray:
       t = teach(extra, rows['xray'])
       metrics |= collapse.teacher(t, extra['center'], teacher_temp(step))
-      value, mean['center'] = distil(logits(params, e), t, extra['center'], step)
+      value, mean['center'] = distil(of_head(params, e), t, extra['center'], step)
       terms['dino_loss'] = (loss.xray, value)
     if loss.recon_xray:
       terms['recon_xray_loss'] = (loss.recon_xray, reconstruction.sigmoid_mse(r, rows['xray']))
@@ -191,7 +220,7 @@ def make(config, data) -> Method:
 
   def compare(weights, extra, batch):
     """{name: embeddings [B, V, E]} -> {name: [B, V, D]}: the space in which the losses compare views."""
-    return {k: head.apply({'params': weights['head']}, e, method='project') for k, e in batch.items()}
+    return {k: of_head(weights, e, 'project') for k, e in batch.items()}
 
   def reconstruct(weights, extra, batch):
     """As embed, but the reconstruction in [0, 1], shaped like the input."""

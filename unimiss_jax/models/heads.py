@@ -41,16 +41,28 @@ class DINOHead(nn.Module):
       self.prototypes = Prototypes(self.out_dim, stored, name='last_layer')
 
   def __call__(self, x):
-    z = self.project(x)
-    return self.prototypes(z) if self.last_layer else z
+    return self.cosines(self.unit(x)) if self.last_layer else self.project(x)
 
   def project(self, x):
-    """[B, E] -> [B, bottleneck_dim], the output of the MLP before its L2 norm."""
+    """[..., E] -> [..., bottleneck_dim], the output of the MLP before its L2 norm."""
     return self.mlp_4(gelu(self.mlp_2(gelu(self.mlp_0(x)))))
 
 
+  def unit(self, x):
+    """[..., E] -> [..., bottleneck_dim] of length 1, never narrower than float32."""
+    z = widened(self.project(x))
+    return z / jnp.sqrt(jnp.maximum((z * z).sum(-1, keepdims=True), 1e-24))       # z / max(|z|, 1e-12), finite at 0
+
+  def cosines(self, z):
+    """Of unit vectors [..., bottleneck_dim], or linear in them -> logits [..., out_dim]."""
+    return self.prototypes(z)
+
+
 class Prototypes(nn.Module):
-  """Cosines of z [B, D] to `features` directions; weight_g is kept for porting, it stays 1 and gets no gradient."""
+  """Products of z [..., D] with `features` directions; weight_g is kept for porting, it stays 1 and gets no gradient.
+
+  The length of the directions is divided out of the products: no second copy of the weights is made.
+  """
   features: int
   stored: Any = jnp.float32
 
@@ -60,10 +72,7 @@ class Prototypes(nn.Module):
     v = self.param('weight_v', lambda key, shape: jax.random.uniform(key, shape, self.stored, -bound, bound),
                    (self.features, z.shape[-1]))
     g = self.param('weight_g', nn.initializers.ones, (self.features, 1), self.stored)
-    z = z.astype(wide(z.dtype))
-    z = z / jnp.sqrt(jnp.maximum((z * z).sum(-1, keepdims=True), 1e-24))       # z / max(|z|, 1e-12), finite at 0
-    w = jax.lax.stop_gradient(g) * v / jnp.linalg.norm(v, axis=-1, keepdims=True)
-    return z @ w.T
+    return z @ v.T * (jax.lax.stop_gradient(g[:, 0]) / jnp.linalg.norm(v, axis=-1))
 
 
 class Classifier(nn.Module):

@@ -33,12 +33,15 @@ class Conv(nn.Module):
   dtype: Any = jnp.float32
 
   @nn.compact
+  def weights(self, channels: int) -> tuple:
+    """Kernel and bias (or None) for an input of so many channels, as they are stored."""
+    w = self.param('kernel', zeros, (*self.kernel, channels, self.features), wide(self.dtype))
+    return w, self.param('bias', zeros, (self.features,), wide(self.dtype)) if self.use_bias else None
+
   def __call__(self, x):
-    w = self.param('kernel', zeros, (*self.kernel, x.shape[-1], self.features), wide(self.dtype))
+    w, b = self.weights(x.shape[-1])
     y = conv.conv(x.astype(self.dtype), w.astype(self.dtype), self.stride)
-    if self.use_bias:
-      y += self.param('bias', zeros, (self.features,), wide(self.dtype)).astype(self.dtype)
-    return y
+    return y if b is None else y + b.astype(self.dtype)
 
 
 class TransposedConv(nn.Module):
@@ -48,9 +51,13 @@ class TransposedConv(nn.Module):
   dtype: Any = jnp.float32
 
   @nn.compact
+  def weights(self, channels: int) -> tuple:
+    """Kernel and bias for an input of so many channels, as they are stored."""
+    return (self.param('kernel', zeros, (*self.stride, channels, self.features), wide(self.dtype)),
+            self.param('bias', zeros, (self.features,), wide(self.dtype)))
+
   def __call__(self, x):
-    w = self.param('kernel', zeros, (*self.stride, x.shape[-1], self.features), wide(self.dtype))
-    b = self.param('bias', zeros, (self.features,), wide(self.dtype))
+    w, b = self.weights(x.shape[-1])
     return conv.transposed_conv(x.astype(self.dtype), w.astype(self.dtype)) + b.astype(self.dtype)
 
 

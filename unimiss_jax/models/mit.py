@@ -17,9 +17,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from unimiss_jax.models import layers
+from unimiss_jax.models import conv, layers
 
 MIN_SIZE_2D, MIN_SIZE_3D, MIN_DEPTH = 64, 32, 16
+BLOCK_STATIC = 2, 3      # grid and train, behind self and x
+REMAT = ('', 'convs', 'blocks', 'all')
 POS_INTERP = {'grid': 'unimiss_jax.models.layers', 'reference': 'unimiss_jax.models.reference'}
 
 
@@ -50,6 +52,9 @@ class Trunk(nn.Module):
     init: linears 'released' N(0, 0.02) | 'fan_in' N(0, 1 / sqrt(fan_in)).
     cls_token: False = position tables without the class slot; the embedding is the mean token of s4.
     dtype: of the activations.
+    remat: what backward passes compute again instead of keeping it: '' nothing | 'convs' | 'blocks' | 'all'.
+    fold: the reconstruction is made of the last transposed convolution and the finest map of the encoder in one linear
+      step, without the decoder's finest map; exact but for rounding.
   """
   embed_dims: tuple = (32, 64, 128, 256, 320, 320)
   depths: tuple = (1, 2, 4, 2)
@@ -72,6 +77,8 @@ class Trunk(nn.Module):
   init: str = 'released'
   cls_token: bool = True
   dtype: Any = jnp.float32
+  remat: str = ''
+  fold: bool = True
 
   def native_size(self, n: int) -> tuple:
     return (self.image_size,) * 2 if n == 2 else tuple(self.volume_size)
@@ -86,6 +93,12 @@ class Trunk(nn.Module):
     """Sizes of c1, s1, s2, s3, s4 for an input of this size."""
     total = np.cumprod(self.strides(len(size)), axis=0)
     return [tuple(int(s) for s in np.asarray(size) // t) for t in total]
+
+  def kept(self, module, kind: str, static: tuple = ()):
+    """`module`, or the same that keeps nothing but its inputs for the backward pass; static: places of arguments."""
+    if self.remat not in REMAT:
+      raise ValueError(f'model.remat={self.remat!r} unknown: use one of {", ".join(map(repr, REMAT))}')
+    return nn.remat(module, static_argnums=static) if self.remat in (kind, 'all') else module
 
   def check(self, size, channels: int):
     """Raises ValueError, naming the nearest valid size, for an input the strides do not divide or that is too small."""
@@ -114,7 +127,7 @@ class Encoder(Trunk):
     native = self.grids(self.native_size(n))
 
     def unit(x, features, stride, name, residual=self.conv_residual):
-      return layers.ConvBlock(features, stride, residual, dtype=self.dtype, name=name)(x)
+      return self.kept(layers.ConvBlock, 'convs')(features, stride, residual, dtype=self.dtype, name=name)(x)
 
     if self.cls_token:
       cls = self.param('cls_tokens1', layers.zeros, (1, 1, self.embed_dims[2]), layers.wide(self.dtype))
@@ -127,7 +140,8 @@ class Encoder(Trunk):
     pyramid.append(x)
     for stage in range(1, 5):
       dim = self.embed_dims[stage + 1]
-      x = PatchEmbed(dim, strides[stage], self.conv_residual, self.dtype, name=f'patch_embed{n}D{stage}')(x)
+      x = self.kept(PatchEmbed, 'convs')(
+          dim, strides[stage], self.conv_residual, self.dtype, name=f'patch_embed{n}D{stage}')(x)
       tokens = x.reshape(x.shape[0], -1, dim)                    # [B, N, C]
       if self.cls_token:
         if stage > 1:
@@ -136,7 +150,7 @@ class Encoder(Trunk):
       tokens += positions(self, f'pos_embed{n}D{stage}', dim, native[stage], grids[stage], self.cls_token)
       for i in range(self.depths[stage - 1]):
         index = int(depths[stage - 1]) + i
-        tokens = layers.Block(
+        tokens = self.kept(layers.Block, 'blocks', BLOCK_STATIC)(
             self.num_heads[stage - 1], self.mlp_ratio, self.sr_ratios[stage - 1], index, self.cls_token,
             drop_path=float(rates[index]), dtype=self.dtype,
             name=f'block{stage}_{i}')(tokens, grids[stage], train, row_keys)
@@ -184,8 +198,11 @@ class MiTPlus(Trunk):
   """
 
   def __call__(self, x, train=False, decode=True, row_keys=None) -> MiTOutput:
-    """Embedding and pyramid; the reconstruction (None with decode=False) is raw: its sigmoid is compared with x."""
-    embedding, pyramid, maps, reconstruction = self._run(x, train, decode, row_keys)
+    """Embedding and pyramid; the reconstruction (None with decode=False) is raw: its sigmoid is compared with x.
+
+    decode=(n, m): the first n of every m rows alone are reconstructed, [B * n / m, ...].
+    """
+    embedding, pyramid, maps, reconstruction = self._run(x, train, decode, row_keys, maps=not self.fold)
     return MiTOutput(embedding, pyramid, reconstruction)
 
   def decoder_maps(self, x, train=False, row_keys=None) -> tuple:
@@ -223,7 +240,7 @@ class MiTPlus(Trunk):
     return 'uniform', (taps * (out if transposed else fan_in))**-0.5
 
   @nn.compact
-  def _run(self, x, train, decode, row_keys):
+  def _run(self, x, train, decode, row_keys, maps=True):
     n = x.ndim - 2
     if n not in (2, 3):
       raise ValueError(f'input of shape {x.shape}: expected [B, H, W, C] or [B, D, H, W, C]')
@@ -233,16 +250,20 @@ class MiTPlus(Trunk):
     if not decode:
       return embedding, pyramid, None, None
 
+    skips = pyramid
+    if decode is not True:
+      of = lambda a: a.reshape(-1, decode[1], *a.shape[1:])[:, :decode[0]].reshape(-1, *a.shape[1:])
+      skips, row_keys = [of(a) for a in pyramid], None if row_keys is None else of(row_keys)
     native, strides = self.grids(self.native_size(n)), self.strides(n)
     rates, index = np.linspace(0, self.decoder_drop_path, sum(self.decoder_depths)), 0
-    x, maps = pyramid[-1], []
-    for stage, skip, stride in zip((1, 2, 3), pyramid[4:1:-1], strides[:1:-1]):
+    x, made = skips[-1], []
+    for stage, skip, stride in zip((1, 2, 3), skips[4:1:-1], strides[:1:-1]):
       dim = self.decoder_dims[stage - 1]
-      x = UpEmbed(dim, stride, self.dtype, name=f'DecEmbed{n}D{stage}')(x) + skip
+      x = self.kept(UpEmbed, 'convs')(dim, stride, self.dtype, name=f'DecEmbed{n}D{stage}')(x) + skip
       grid, tokens = x.shape[1:-1], x.reshape(x.shape[0], -1, dim)
       tokens += positions(self, f'DecPosEmbed{n}D{stage}', dim, native[4 - stage], grid, False)
       for i in range(self.decoder_depths[stage - 1]):
-        tokens = layers.Block(
+        tokens = self.kept(layers.Block, 'blocks', BLOCK_STATIC)(
             self.decoder_heads[stage - 1], self.mlp_ratio, self.decoder_sr_ratios[stage - 1],
             sum(self.depths) + index, False, qkv_bias=False, drop_path=float(rates[index]), epsilon=1e-5,
             dtype=self.dtype, name=f'Decblock{stage}_{i}')(tokens, grid, train, row_keys)
@@ -250,17 +271,21 @@ class MiTPlus(Trunk):
       if stage == 3:
         tokens = layers.layer_norm(1e-5, self.dtype, 'norm')(tokens)
       x = tokens.reshape(x.shape[0], *grid, dim)
-      maps.append(x)
-    up = lambda features, stride, i: layers.TransposedConv(
-        features, stride, self.dtype, name=f'TransposeConv{n}D{i}')(x)
-    x = up(self.decoder_dims[3], strides[1], 1) + pyramid[1]
-    x = layers.ConvBlock(self.decoder_dims[3], (1,) * n, dtype=self.dtype, name=f'DeConvBlock{n}D1')(x)
-    maps.append(x)
-    x = up(self.decoder_dims[4], strides[0], 2) + pyramid[0]
-    maps.append(x)
-    reconstruction = layers.Conv(self.in_channels[n - 2], (1,) * n, use_bias=True, dtype=self.dtype,
-                                 name=f'recon_conv{n}D')(x)
-    return embedding, pyramid, tuple(maps), reconstruction
+      made.append(x)
+    up = [layers.TransposedConv(self.decoder_dims[2 + i], strides[2 - i], self.dtype, name=f'TransposeConv{n}D{i}')
+          for i in (1, 2)]
+    x = up[0](x) + skips[1]
+    x = self.kept(layers.ConvBlock, 'convs')(self.decoder_dims[3], (1,) * n, dtype=self.dtype,
+                                             name=f'DeConvBlock{n}D1')(x)
+    made.append(x)
+    last = layers.Conv(self.in_channels[n - 2], (1,) * n, use_bias=True, dtype=self.dtype, name=f'recon_conv{n}D')
+    if maps:
+      x = up[1](x) + skips[0]
+      return embedding, pyramid, (*made, x), last(x)
+    (kernel, bias), (w, b) = up[1].weights(x.shape[-1]), last.weights(self.decoder_dims[4])
+    w = w.reshape(w.shape[-2:])                              # last(up(x) + skip) = x . (kernel . w) + skip . w + ...
+    folded = [a.astype(self.dtype) for a in (kernel @ w, w, bias @ w + b)]
+    return embedding, pyramid, None, conv.transposed_conv(x, folded[0]) + skips[0] @ folded[1] + folded[2]
 
 
 def positions(module, name, dim, native, grid, cls_token):

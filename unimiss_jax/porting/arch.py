@@ -10,7 +10,7 @@ from unimiss_jax.models.mit import MiTPlus
 from unimiss_jax.porting.errors import PortingError
 
 # Fields that leave no trace in the weights and change no result of a trained model.
-TRAINING = ('encoder_drop_path', 'decoder_drop_path', 'init', 'dtype')
+TRAINING = ('encoder_drop_path', 'decoder_drop_path', 'init', 'dtype', 'remat', 'fold')
 SHAPELESS = ('num_heads', 'decoder_heads')      # change results, but not shapes
 
 
