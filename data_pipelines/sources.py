@@ -5,7 +5,8 @@ whole (the whole scan, reduced to about 3 mm) and whole_spacing_mm. Of data.moda
 [C, D, H, W] of C sequences, with their scale, offset and pad float32 [C] (intensities.py). X-ray record: image uint8
 or uint16 [H, W], index, group, name, bad. Records of one scan, or of one group of a manifest, share their group.
 `bad`: the file of record `index` failed after the start, and this is the next good one. Decoded files stay in a
-bounded cache.
+bounded cache. `largest`: {'volume', 'whole' or 'image': shape that holds this array of every record, [D, H, W] or
+[H, W]}, as far as a source knows it.
 """
 import collections
 import functools
@@ -82,6 +83,12 @@ class Cache:
         self.bytes -= self._values.popitem(last=False)[1][1]
 
 
+def hull(shapes: list[dict]) -> dict:
+  """{name: shape that holds those of all}, of the names that all have."""
+  names = set.intersection(*map(set, shapes)) if shapes else ()
+  return {name: tuple(max(sizes) for sizes in zip(*(s[name] for s in shapes))) for name in names}
+
+
 # ---- phantoms
 
 class PhantomCT:
@@ -107,6 +114,10 @@ class PhantomCT:
 
   def listing(self) -> list[dict]:
     return [{'id': f'phantom {i} of seed {self.seed}'} for i in self.indices]
+
+  @property
+  def largest(self) -> dict:
+    return dict.fromkeys(('volume', 'whole'), self._get(0)[0].shape)    # all are of one shape
 
   def labels(self, i: int) -> dict:
     """{finding: 0 or 1} of record i."""
@@ -140,6 +151,10 @@ class PhantomXray:
 
   def listing(self) -> list[dict]:
     return [{'id': f'phantom {i} of seed {self.seed}'} for i in self.indices]
+
+  @property
+  def largest(self) -> dict:
+    return {'image': self[0]['image'].shape}
 
   def __getitem__(self, i: int) -> dict:
     index = self.indices[i]
@@ -291,8 +306,12 @@ class CTFolder(_Folder):
   def __init__(self, spec, *, modality='ct', sequences=(), whole=False, on_bad_file='skip', cache_bytes=CACHE_BYTES,
                rows=None):
     self.modality, self.sequences, self.whole = modality, sequences, whole
-    self.depth = {}
+    self.depth, self.sizes = {}, []
     super().__init__(spec, on_bad_file, cache_bytes, rows)
+
+  @property
+  def largest(self) -> dict:
+    return hull(self.sizes)
 
   def discover(self, spec):
     found = super().discover(spec)
@@ -308,6 +327,8 @@ class CTFolder(_Folder):
 
   def check(self, item, row):
     scan = self.decoded(item, row)
+    shape = (tiles.TILE, *scan.volume.shape[-2:])
+    self.sizes.append({'volume': shape} | ({'whole': scan.whole.shape} if self.whole else {}))
     return tiles.starts(scan.volume.shape[-3]), scan.warnings
 
   def record(self, scan: tiles.Scan, start: int) -> dict:
@@ -317,6 +338,7 @@ class CTFolder(_Folder):
 class XrayFolder(_Folder):
   """Pictures of a folder; only their headers are read at the start. Arguments and errors as CTFolder's."""
   leaf, kind = 'data.xray', 'image'
+  largest = {}
 
   def __init__(self, spec, *, on_bad_file='skip', cache_bytes=CACHE_BYTES, rows=None):
     super().__init__(spec, on_bad_file, cache_bytes, rows)
