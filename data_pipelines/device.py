@@ -80,18 +80,15 @@ def finish(name: str, config):
   """The jittable raw batch -> batch of views of stream `name`; rows do not look at each other."""
   make = sample.xray_sample if name == 'xray' else sample.ct_sample
 
+  def one(row):
+    record, params = {}, {}
+    for field, value in row.items():
+      group, _, number = field.rpartition('/')
+      (params.setdefault(group, {}) if group else record)[number] = value
+    return make(record, params, config) | {field: row[field] for field in KEPT}
+
   def batch(rows):
     import jax  # late: a data worker has no use for it
-
-    def one(row):
-      record, params = {}, {}
-      for field, value in row.items():
-        group, _, number = field.rpartition('/')
-        (params.setdefault(group, {}) if group else record)[number] = value
-      view = lambda p: make(record, jax.tree.map(lambda x: x[None], p), config)      # compiled once for all views
-      views = jax.tree.map(lambda x: x[:, 0], jax.vmap(view)(params))
-      return views | {field: row[field] for field in KEPT}
-
     with jax.default_matmul_precision('highest'):      # crops are matrix products, which accelerators shorten
       return jax.vmap(one)(rows)
   return batch
