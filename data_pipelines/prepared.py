@@ -80,7 +80,8 @@ class _Prepared:
 
   def _hull(self, rows) -> dict:
     mine = [r for r in rows if 'record' in r and r['record'][0].startswith(f'{self.kind}-{self.split}.')]
-    return sources.hull([{self.array: r['shape']} if 'shape' in r else {} for r in mine])
+    names = {'shape': self.array, 'whole_shape': 'whole'}
+    return sources.hull([{name: r[field] for field, name in names.items() if field in r} for r in mine])
 
   def __getitem__(self, i: int) -> dict:
     for shift in range(len(self)):

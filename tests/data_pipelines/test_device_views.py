@@ -234,8 +234,9 @@ def test_sources_know_their_largest_records(folder, tmp_path):
   assert sources.PhantomCT(0, 2).largest['volume'] == (24, 112, 112)
   assert prepare.main([str(folder), f'--out={tmp_path}', '--num_shards=1', '--workers=0']) == 0
   cut, pictures = prepared.PreparedCT(str(tmp_path), whole=True), prepared.PreparedXray(str(tmp_path))
-  assert cut.largest == {'volume': (24, 28, 34)} and pictures.largest == {'image': (40, 45)}
-  assert prepared.Mixture([cut, sources.PhantomCT(0, 2)], [1., 1.]).largest == {'volume': (24, 112, 112)}
+  assert cut.largest == scans.largest and pictures.largest == {'image': (40, 45)}
+  assert prepared.Mixture([cut, sources.PhantomCT(0, 2)], [1., 1.]).largest == {
+      'volume': (24, 112, 112), 'whole': (scans.largest['whole'][0], 112, 112)}
 
 
 def test_the_frame_is_what_the_views_need():
