@@ -184,6 +184,7 @@ class _Folder:
     self.spec, self.on_bad_file = spec, on_bad_file
     self.cache = Cache(cache_bytes)
     self.failed = {}    # index of an item -> DataError
+    self.sizes = []     # of the checked files, {array: shape}, in any order
     if rows is None:
       found = self.discover(spec)
       rows = [{}] * len(found.items)
@@ -221,6 +222,10 @@ class _Folder:
 
   def __len__(self):
     return len(self.parts)
+
+  @property
+  def largest(self) -> dict:
+    return hull(self.sizes)
 
   @functools.cached_property
   def root(self) -> str:
@@ -306,12 +311,8 @@ class CTFolder(_Folder):
   def __init__(self, spec, *, modality='ct', sequences=(), whole=False, on_bad_file='skip', cache_bytes=CACHE_BYTES,
                rows=None):
     self.modality, self.sequences, self.whole = modality, sequences, whole
-    self.depth, self.sizes = {}, []
+    self.depth = {}
     super().__init__(spec, on_bad_file, cache_bytes, rows)
-
-  @property
-  def largest(self) -> dict:
-    return hull(self.sizes)
 
   def discover(self, spec):
     found = super().discover(spec)
@@ -338,7 +339,6 @@ class CTFolder(_Folder):
 class XrayFolder(_Folder):
   """Pictures of a folder; only their headers are read at the start. Arguments and errors as CTFolder's."""
   leaf, kind = 'data.xray', 'image'
-  largest = {}
 
   def __init__(self, spec, *, on_bad_file='skip', cache_bytes=CACHE_BYTES, rows=None):
     super().__init__(spec, on_bad_file, cache_bytes, rows)
@@ -347,7 +347,7 @@ class XrayFolder(_Folder):
     return (readers.image(item).array,)
 
   def check(self, item, row):
-    readers.check_image(item)
+    self.sizes.append({'image': readers.check_image(item)})
     return (None,), ()
 
   def record(self, decoded, part) -> dict:

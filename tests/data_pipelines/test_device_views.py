@@ -222,6 +222,9 @@ def folder(tmp_path_factory):
     nib.save(nib.Nifti1Image(hu, np.diag([2., 2., 3., 1.])), where / f'{i}.nii')
   for i, size in enumerate([(40, 30), (30, 45)]):
     Image.fromarray(rng.integers(0, 256, size).astype(np.uint8)).save(where / f'{i}.png')
+  turned = Image.Exif()
+  turned[0x0112] = 6
+  Image.fromarray(np.zeros((800, 600), np.uint8)).save(where / 'large.jpg', exif=turned)
   return where
 
 
@@ -230,11 +233,13 @@ def test_sources_know_their_largest_records(folder, tmp_path):
   assert scans.largest == {'volume': (24, 28, 34), 'whole': sources.hull(
       [{'x': scans[i]['whole'].shape} for i in range(len(scans))])['x']}
   assert sources.CTFolder(str(folder)).largest == {'volume': (24, 28, 34)}
-  assert sources.XrayFolder(str(folder)).largest == {}
+  radiographs = sources.XrayFolder(str(folder))
+  assert radiographs.largest == {'image': (512, 683)}
+  assert max(radiographs[i]['image'].shape for i in range(len(radiographs))) == (512, 683)
   assert sources.PhantomCT(0, 2).largest['volume'] == (24, 112, 112)
   assert prepare.main([str(folder), f'--out={tmp_path}', '--num_shards=1', '--workers=0']) == 0
   cut, pictures = prepared.PreparedCT(str(tmp_path), whole=True), prepared.PreparedXray(str(tmp_path))
-  assert cut.largest == scans.largest and pictures.largest == {'image': (40, 45)}
+  assert cut.largest == scans.largest and pictures.largest == radiographs.largest
   assert prepared.Mixture([cut, sources.PhantomCT(0, 2)], [1., 1.]).largest == {
       'volume': (24, 112, 112), 'whole': (scans.largest['whole'][0], 112, 112)}
 
@@ -254,8 +259,10 @@ def test_the_frame_is_what_the_views_need():
     device.frame('ct', small(**{'data.device_shape.ct': (0, 0, 64)}), source)
 
 
-def test_sizes_that_nobody_knows_must_be_given(folder):
-  source = sources.XrayFolder(str(folder))
+def test_sizes_that_nobody_knows_must_be_given():
+  class Silent(Records):
+    largest = {}
+  source = Silent([(40, 30), (30, 45)])
   with pytest.raises(DataError, match=r'DEVICE_SHAPE data.xray: .*set data.device_shape.xray to a shape that holds'):
     device.frame('xray', small(), source)
   config = small(**{'data.device_shape.xray': (40, 32), 'views.xray.scale': (1., 1.), 'views.xray.ratio': (.5, 2.)})
