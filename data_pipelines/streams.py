@@ -75,10 +75,10 @@ class Stream:
     records = grain.MapDataset.source(source).seed(int(seed))
     self._ordered = records.random_map(_Views(name, config))
     shapes = device.frame(name, config, source) if config.data.place == 'device' else None
-    views = _Views(name, config, shapes)
+    rows = _Views(name, config, shapes)
     self.finish = device.finish(name, config) if shapes else lambda batch: batch
     self.fields = _spec(self._ordered[0])
-    self.spec = _spec(records.random_map(views)[0]) if shapes else self.fields
+    self.spec = _spec(records.random_map(rows)[0]) if shapes else self.fields
     workers = self._workers = config.data.workers
     if workers:
       _parse_flags()
@@ -89,7 +89,7 @@ class Stream:
     if config.data.views_per_read > 1:
       records = _SeveralTimes(records, config.data.views_per_read)
     self._iterator = iter(grain.experimental.ElasticIterator(
-        records.repeat(None).random_map(views), self.batch,
+        records.repeat(None).random_map(rows), self.batch,
         grain.sharding.ShardOptions(shard_index=shard_index, shard_count=shard_count),
         read_options=grain.ReadOptions(num_threads=THREADS, prefetch_buffer_size=BUFFER),
         multiprocessing_options=options))

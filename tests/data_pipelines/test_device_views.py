@@ -11,7 +11,7 @@ from PIL import Image
 from scipy import stats
 
 from configs import unimiss_plus
-from data_pipelines import device, draw, prepare, prepared, sources, streams
+from data_pipelines import device, draw, manifest, prepare, prepared, sources, streams
 from data_pipelines.errors import DataError
 from tests.e2e import tiny
 from unimiss_jax import sharding, train
@@ -239,7 +239,8 @@ def test_sources_know_their_largest_records(folder, tmp_path):
   assert sources.PhantomCT(0, 2).largest['volume'] == (24, 112, 112)
   assert prepare.main([str(folder), f'--out={tmp_path}', '--num_shards=1', '--workers=0']) == 0
   cut, pictures = prepared.PreparedCT(str(tmp_path), whole=True), prepared.PreparedXray(str(tmp_path))
-  assert cut.largest == scans.largest and pictures.largest == radiographs.largest
+  listed = prepared.PreparedCT(str(tmp_path), whole=True, rows=manifest.load(str(tmp_path)).training('ct'))
+  assert cut.largest == listed.largest == scans.largest and pictures.largest == radiographs.largest
   assert prepared.Mixture([cut, sources.PhantomCT(0, 2)], [1., 1.]).largest == {
       'volume': (24, 112, 112), 'whole': (scans.largest['whole'][0], 112, 112)}
 
