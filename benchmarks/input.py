@@ -8,6 +8,7 @@ makes the same two 3-D views and reads its DRR from a PNG file in memory; gunzip
 runs in the interpreter --peer, which needs: pip install torch nibabel opencv-python-headless 'batchgenerators==0.25.*'
 
 One core, one thread; CPU seconds of the process, median over rounds of the mean over samples; both take turns.
+`stream` is what a row of a batch costs and ships, by data.place, with and without DRR.
 `floor_ms` of a stage = bytes that it must read and write / bandwidth of a plain copy from main memory; of the noise
 the fastest bare generator of numpy. It is a yardstick: what stays in the cache moves faster than that copy.
 """
@@ -32,6 +33,9 @@ ROOT = pathlib.Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 SHAPE, VIEW, SIDE = (24, 250, 250), (16, 96, 96), 96
 SPACING_MM = (2.5, 1.5, 1.5)
+NO_DRR = dict(drr=0., recon_drr=0., pair_nce=0.)
+PLACES = {'host': ('host', {}), 'device': ('device', {}), 'host, no DRR': ('host', NO_DRR),
+          'device, no DRR': ('device', NO_DRR)}      # data.place, leaves of loss
 
 
 class Clock:
@@ -119,13 +123,16 @@ def ours(raw: bytes, samples: int, seed: int):
   return total, {k: v / samples * 1e3 for k, v in clock.seconds.items()}
 
 
-def stream_ms(hu: np.ndarray, samples: int) -> float:
-  """CPU ms of a row that comes through the stream: threads, random numbers, batching included."""
+def streamed(hu: np.ndarray, samples: int, place: str, **leaves) -> tuple[float, int]:
+  """(CPU ms, bytes) of a row that comes through the stream: threads, random numbers, batching included.
+
+  place: data.place. leaves: of loss.
+  """
   from configs import unimiss_plus
   from data_pipelines import streams
 
   class Source:
-    read = 0
+    read, largest = 0, {'volume': SHAPE}
 
     def __len__(self):
       return 1000
@@ -136,7 +143,8 @@ def stream_ms(hu: np.ndarray, samples: int) -> float:
 
   config, source = unimiss_plus.get_config('plain'), Source()
   with config.unlocked():
-    config.batch.ct = 4
+    config.batch.ct, config.data.place = 4, place
+    config.loss.update(leaves)
   stream = streams.Stream('ct', config, source)
   stream.next()
   began, read = time.process_time(), source.read
@@ -144,7 +152,7 @@ def stream_ms(hu: np.ndarray, samples: int) -> float:
     stream.next()
   out = (time.process_time() - began) / (source.read - read) * 1e3
   stream.close()
-  return out
+  return out, sum(int(np.prod(shape)) * dtype.itemsize for shape, dtype in stream.spec.values())
 
 
 def floors() -> tuple[float, dict]:
@@ -293,12 +301,13 @@ def main():
   hu = chest()
   needs = [args.peer, '-c', 'import batchgenerators, cv2, nibabel, PIL']
   found = subprocess.run(needs, capture_output=True).returncode == 0
-  mine, theirs, streamed = [], [], []
+  mine, theirs, rows = [], [], {}
   with tempfile.TemporaryDirectory() as folder:
     write_inputs(pathlib.Path(folder), hu)
     for _ in range(args.rounds):
       mine.append(ours(hu.tobytes(), args.samples, 0))
-      streamed.append(stream_ms(hu, args.samples))
+      for name, (place, leaves) in PLACES.items():
+        rows.setdefault(name, []).append(streamed(hu, args.samples, place, **leaves))
       if found:
         run = [args.peer, __file__, f'--run_peer={folder}', f'--samples={args.samples}']
         done = subprocess.run(run, capture_output=True, check=True, text=True)
@@ -310,7 +319,8 @@ def main():
   result = {'sample': 'CT: two 3-D and two DRR views', 'commit': commit.stdout.strip() or None,
             'samples': args.samples, 'rounds': args.rounds,
             'ours_ms': round(total, 2), 'ours_samples_per_s': round(1e3 / total, 1),
-            'stream_ms': round(float(np.median(streamed)), 2), 'stages_ms': median([s for _, s in mine]),
+            'stream': {name: {'ms': round(float(np.median([ms for ms, _ in got])), 2), 'bytes': got[0][1]}
+                       for name, got in rows.items()}, 'stages_ms': median([s for _, s in mine]),
             'floor_ms': {k: round(v, 3) for k, v in floor.items()}, 'floor_sum_ms': round(sum(floor.values()), 2),
             'copy_gb_per_s': round(bandwidth, 1), 'peer': None}
   if found:

@@ -31,6 +31,10 @@ def base() -> ConfigDict:
                                   # data_pipelines/sequences.py; '' = every file is a scan. Prepared sets know theirs
       phantom_records=768,        # phantoms per stream, where data.ct or data.xray is '' and no manifest is named
       views_per_read=1,           # pairs of views drawn from one read of a record, one after the other
+      place='host',               # host | device: where crop, augmentation and DRR are computed. device: records and
+                                  # drawn numbers are shipped, views are made in the step (pre-training only)
+      device_shape=dict(ct=(0, 0, 0), whole=(0, 0, 0), xray=(0, 0)),    # place=device: one shape for all tiles, one for
+                                  # all scans (drr.scope=volume), one for all X-rays; 0 = what the largest one needs
       workers=0,                  # data processes beside the trainer; 0 = threads only
       on_bad_file='skip',         # skip: one line and go on; stop: one line and exit 1
       reshuffle=True,             # X-rays: shuffled anew in every pass; False: all epochs' passes are shuffled as one

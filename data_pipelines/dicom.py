@@ -307,12 +307,14 @@ def _read_image(path: str) -> images.Radiograph:
   return images.finish(grey, meta, warn)
 
 
-def check_image(path) -> None:
-  """Raises what `read_image` raises for a file without a picture that could be decoded; reads its header alone."""
+def check_image(path) -> tuple[int, int]:
+  """(height, width) that `read_image` will give; raises what it raises for a file without a picture that could be
+  decoded. Reads the header alone."""
   try:
     ds = dicom_file.parse(path, TAGS + ['PhotometricInterpretation'])
     _check_single(ds, path)
     dicom_file.check_decoder(ds, path)
+    return images.kept((int(ds.Rows), int(ds.Columns)))
   except DataError:
     raise
   except Exception as e:

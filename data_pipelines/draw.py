@@ -44,6 +44,14 @@ def ct_pair(rng, config, shape, spacing_mm, whole_shape=None, whole_spacing_mm=N
   return {'ct': ct, 'drr': drr}
 
 
+def reach(cfg, shape) -> tuple:
+  """How many voxels per axis both CT views of a volume of this shape span together, at most; cfg: views.ct."""
+  if cfg.extent == 'record' or not any(cfg.precrop):
+    return tuple(shape)
+  block = [max(n, int(n * cfg.precrop[1])) for n in cfg.size[1:]]
+  return (shape[0], *np.minimum(block, shape[1:]).tolist())
+
+
 def xray_pair(rng, config, shape) -> dict:
   """Two views of one radiograph `[H, W]`: random-resized crops on whole pixels."""
   return {'xray': _pictures(rng, config.views.xray, shape)}

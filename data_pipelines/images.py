@@ -14,6 +14,7 @@ from data_pipelines.errors import DataError
 from data_pipelines.files import read_bytes
 
 SHORT_SIDE = 512                  # pixels
+ORIENTATION = 0x0112              # EXIF; from 5 on rows are columns
 BIT_DEPTHS = (8, 10, 12, 14, 16)  # of detectors; a 16-bit file is stretched from the smallest that holds its maximum
 
 
@@ -83,8 +84,11 @@ def upright(of: Radiograph) -> tuple[int, int]:
   return (width, height) if turned else (height, width)
 
 
-def check(path) -> None:
-  """Raises what `read` raises for a file that is missing, empty or no picture; reads its header alone."""
+def check(path) -> tuple[int, int]:
+  """(height, width) that `read` will give; raises what it raises for a file that is missing, empty or no picture.
+
+  Reads the header alone, which says before the pixels how the picture is turned, or so late that it is not known here.
+  """
   try:
     with epath.Path(path).open('rb') as f:
       start = f.read(8)
@@ -92,7 +96,9 @@ def check(path) -> None:
       if not start:
         raise DataError('ZERO_BYTES', path, 'file has 0 bytes', 'copy or download it again')
       try:
-        Image.open(f).close()
+        with Image.open(f) as image:
+          turned = 'exif' in image.info and image.getexif().get(ORIENTATION, 1) > 4
+          return kept(image.size if turned else image.size[::-1])
       except Exception as e:
         raise _not_image(path, start) from e
   except OSError as e:
@@ -145,12 +151,17 @@ def grey(image: Image.Image, warn) -> np.ndarray:
   return out
 
 
+def kept(shape) -> tuple[int, int]:
+  """The size at which a picture of this (height, width) is kept: short side at most 512."""
+  short = min(shape)
+  return tuple(shape) if short <= SHORT_SIDE else tuple(round(n * SHORT_SIDE / short) for n in shape)
+
+
 def _reduce(array: np.ndarray) -> np.ndarray:
-  """[H, W] -> short side at most 512, bicubic with antialiasing."""
-  short = min(array.shape)
-  if short <= SHORT_SIDE:
+  """[H, W] -> the size that is kept, bicubic with antialiasing."""
+  height, width = kept(array.shape)
+  if (height, width) == array.shape:
     return array
-  height, width = (round(n * SHORT_SIDE / short) for n in array.shape)
   if array.dtype == np.uint8:
     return np.asarray(Image.fromarray(array).resize((width, height), Image.Resampling.BICUBIC))
   out = Image.fromarray(array.astype(np.float32)).resize((width, height), Image.Resampling.BICUBIC)

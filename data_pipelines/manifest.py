@@ -83,6 +83,7 @@ FIELDS = {
     'shape_canon': COUNTS,                                  # [D, H, W] = [S, A, R]
     'hu_min': NUMBER, 'hu_max': NUMBER, 'hu_p1': NUMBER, 'hu_p99': NUMBER,    # scaled, before clipping
     'volume_id': NAMED, 'z0': NUMBER, 'z_offset_mm': NUMBER, 'crop_box': NUMBERS,    # of a sub-volume
+    'whole_shape': COUNTS,                          # of the reduced copy of its scan
     'view': TEXT, 'text': TEXT, 'sha': TEXT, 'findings': (_texts, 'a list of codes'), 'licence': TEXT}
 KNOWN = ('id', 'kind', 'path', 'split', 'label', 'status', *FIELDS)
 

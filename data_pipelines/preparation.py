@@ -148,11 +148,11 @@ def _records(row, item, kind, config) -> list:
     record, warnings = xray_record(row, item)
     return [('xray', record, _row(row, record, 'image', warnings) | {'shape': list(record['image'].shape)})]
   whole, cuts, scan = ct_records(row, item, config)
-  out = []
+  out, of_whole = [], {'whole_shape': list(whole['volume'].shape)} if whole else {}
   for cut in cuts:
     low = [cut['z0'] + scan.corner[0], *scan.corner[1:]]
     shape = cut['volume'].shape[-3:]
-    out.append(('ct', cut, _row(row, cut, 'subvolume', scan.warnings) | {
+    out.append(('ct', cut, _row(row, cut, 'subvolume', scan.warnings) | of_whole | {
         'volume_id': row['id'], 'z0': cut['z0'], 'shape': list(shape), 'spacing': [float(s) for s in cut['spacing_mm']],
         'crop_box': [*low, *(a + n for a, n in zip(low, shape))],      # in voxels of the whole scan at this spacing
         'z_offset_mm': float(low[0] * cut['spacing_mm'][0])}))

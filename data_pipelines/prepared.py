@@ -6,7 +6,7 @@ import re
 
 import numpy as np
 
-from data_pipelines import files, manifest, records
+from data_pipelines import files, manifest, records, sources
 from data_pipelines.errors import DataError
 
 WEIGHT = re.compile(r'@(\d+(?:\.\d+)?)$')      # '/data/a@2'
@@ -30,7 +30,7 @@ def weights(spec: str) -> dict[str, float]:
 
 class _Prepared:
   """Records of one kind and split; one that cannot be read is replaced by the next good one."""
-  kind = leaf = ''
+  kind = leaf = array = ''
 
   def __init__(self, root: str, *, split='train', on_bad_file='skip', rows=None):
     self.root, self.split, self.on_bad_file = root, split, on_bad_file
@@ -41,6 +41,8 @@ class _Prepared:
       raise DataError('SHARDS', root, 'no manifest beside the shards', 'run prepare --merge')
     # Which records of the shards these are, in the order of the shards.
     self.rows = rows and [manifest.brief(row) for row in rows]
+    if rows is not None:
+      self.largest = self._hull(rows)
     self.which = np.array(range(len(self.shards)) if rows is None else sorted(map(self._number, rows)), np.int64)
     leaf = self.leaf if rows is None else f'data.manifest, {self.kind}'
     files.say(f'{leaf}: {len(self)} records of {len(self.shards.lengths)} shards in {root} ({split})')
@@ -70,6 +72,16 @@ class _Prepared:
       return self.rows
     return [manifest.brief(r) for r in manifest.usable(manifest.read(self.root, labelled=False)) if 'record' in r
             and r['record'][0].startswith(f'{self.kind}-{self.split}.')]
+
+  @functools.cached_property
+  def largest(self) -> dict:
+    """As of sources.py; what the manifest says, where it says it of all records."""
+    return self._hull(manifest.usable(manifest.read(self.root, labelled=False)))
+
+  def _hull(self, rows) -> dict:
+    mine = [r for r in rows if 'record' in r and r['record'][0].startswith(f'{self.kind}-{self.split}.')]
+    names = {'shape': self.array, 'whole_shape': 'whole'}
+    return sources.hull([{name: r[field] for field, name in names.items() if field in r} for r in mine])
 
   def __getitem__(self, i: int) -> dict:
     for shift in range(len(self)):
@@ -103,7 +115,7 @@ class PreparedCT(_Prepared):
   Raises:
     DataError: SHARDS, SPLIT_EMPTY, MODALITY; MANIFEST (a row names no record of the split).
   """
-  kind, leaf = 'ct', 'data.ct'
+  kind, leaf, array = 'ct', 'data.ct', 'volume'
 
   def __init__(self, root, *, modality='ct', split='train', whole=False, on_bad_file='skip', rows=None):
     super().__init__(root, split=split, on_bad_file=on_bad_file, rows=rows)
@@ -128,7 +140,7 @@ class PreparedCT(_Prepared):
 
 class PreparedXray(_Prepared):
   """Radiographs of a prepared folder. Arguments as PreparedCT's."""
-  kind, leaf = 'xray', 'data.xray'
+  kind, leaf, array = 'xray', 'data.xray', 'image'
 
   def read(self, i: int) -> dict:
     found = self.shards[int(self.which[i])]
@@ -156,6 +168,10 @@ class Mixture:
   def digest(self) -> str:
     text = '\n'.join(f'{p.digest} {n}' for p, n in zip(self.parts, self._times))
     return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
+
+  @property
+  def largest(self) -> dict:
+    return sources.hull([p.largest for p in self.parts])
 
   def listing(self) -> list[dict]:
     return [row | {'id': f'{k} {row["id"]}'} for k, p in enumerate(self.parts) for row in p.listing()]

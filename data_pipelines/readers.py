@@ -164,9 +164,10 @@ def image(source) -> images.Radiograph:
   return dicom.read_image(source.path) if source.format == 'dicom' else images.read(source.path)
 
 
-def check_image(source: Item) -> None:
-  """Raises what `image` raises for a file that is missing, empty or no picture; reads its header alone."""
-  (dicom.check_image if source.format == 'dicom' else images.check)(source.path)
+def check_image(source: Item) -> tuple[int, int]:
+  """(height, width) that `image` will give; raises what it raises for a file that is missing, empty or no picture.
+  Reads the header alone."""
+  return (dicom.check_image if source.format == 'dicom' else images.check)(source.path)
 
 
 def empty(spec: str, kind: str, found: Found, leaf: str) -> DataError:

@@ -26,6 +26,7 @@ def ct_sample(record: dict, params: dict, config, drr: bool = True) -> dict:
   Args:
     record: `volume` [D, H, W] HU, axes [S, A, R], `spacing_mm` (z, y, x); with drr.scope='volume' also
       `whole` and `whole_spacing_mm`. Of another modality `volume` [C, D, H, W] and `pad` [C], see intensities.py.
+      `shape`, `whole_shape` [3]: of the part, at the start of the axes, which is the volume; absent: all of it.
     params: as `draw.ct_pair` or `draw.ct_centre` make them.
     config: the run config.
     drr: False leaves the DRR views out; of another modality there are none.
@@ -37,16 +38,19 @@ def ct_sample(record: dict, params: dict, config, drr: bool = True) -> dict:
   ct = volumes(record, params['ct'], config)
   if 'drr' not in params or not drr:
     return {'ct': ct}
-  hu, spacing = ((record['whole'], record['whole_spacing_mm']) if config.drr.scope == 'volume' else
-                 (record['volume'], record['spacing_mm']))
+  names = (('whole', 'whole_spacing_mm', 'whole_shape') if config.drr.scope == 'volume' else
+           ('volume', 'spacing_mm', 'shape'))
+  given = [record[name] for name in names if name in record]
   render = importlib.import_module(RADIOGRAPHS[config.drr.image]).radiographs
-  return {'ct': ct, 'drr': _rgb(render(hu, spacing, each(params['drr']), config))}
+  return {'ct': ct, 'drr': _rgb(render(*given[:2], each(params['drr']), config, *given[2:]))}
 
 
-def volumes(record: dict, params: dict, config) -> np.ndarray:
+def volumes(record: dict, params: dict, config):
   """CT views [V, D, H, W, C] float32 of one record; `params`: the views, as 'ct' of `draw.ct_pair`."""
   sequences, pads = (record['volume'], record['pad']) if 'pad' in record else ([record['volume']], [None])
-  return np.stack([np.stack([volume.view(x, p | {'noise_key': p['noise_key'] + np.uint32(c)}, config.views.ct, pad)
+  xp, shape = geometry.array_namespace(record['volume']), record.get('shape')
+  return xp.stack([xp.stack([volume.view(x, p | {'noise_key': p['noise_key'] + np.uint32(c)}, config.views.ct, pad,
+                                         shape)
                              for c, (x, pad) in enumerate(zip(sequences, pads))], -1) for p in each(params)])
 
 
@@ -57,7 +61,7 @@ def sizes(record) -> tuple:
   return (record['volume'].shape[-3:], record['spacing_mm'], *rest)
 
 
-def radiographs(hu, spacing_mm, params, config) -> list:
+def radiographs(hu, spacing_mm, params, config, shape=None) -> list:
   """DRR views `[h, w]` float32 in [0, 1] of one volume.
 
   Args:
@@ -65,20 +69,24 @@ def radiographs(hu, spacing_mm, params, config) -> list:
     spacing_mm: (z, y, x).
     params: the views, as 'drr' of `draw.ct_pair`.
     config: the run config; reads drr, views.drr.
+    shape: `[3]` of the part of `hu` which is the volume; the rest holds values of it, as the model 'minmax' needs.
   """
-  cfg = config.drr
+  cfg, xp = config.drr, geometry.array_namespace(hu)
+  extent = hu.shape if shape is None else shape
   mu, unit = xray.attenuation(hu, cfg.mu)
-  p_ref = cfg.p_ref or white(cfg.view, hu.shape, spacing_mm, cfg.mu)
+  p_ref = cfg.p_ref or white(cfg.view, extent, spacing_mm, cfg.mu)
   # The window is given on the isocentre plane, so the image does not depend on where behind a wide volume the film is.
-  corner = np.linalg.norm(np.multiply(hu.shape, spacing_mm)) / 2
+  corner = xp.linalg.norm(xp.asarray(extent) * xp.asarray(spacing_mm)) / 2
   size = (config.views.drr.size,) * 2
   views = []
   for p in params:
-    leaning = np.linalg.norm(np.sin(np.deg2rad(p['tilt_deg'][:2])))    # brings the film closer on one side
-    sdd = max(cfg.sdd_mm, cfg.sod_mm + corner + leaning * np.linalg.norm(p['center_mm']))
+    tilt = p['tilt_deg'] if cfg.tilt_deg else np.zeros(3)    # known to be none, even where numbers are traced
+    leaning = xp.linalg.norm(xp.sin(xp.deg2rad(tilt[:2])))    # brings the film closer on one side
+    sdd = xp.maximum(cfg.sdd_mm, cfg.sod_mm + corner + leaning * xp.linalg.norm(p['center_mm']))
     source, film = geometry.camera(cfg.view, p['center_mm'], p['pitch_mm'], size, sdd, cfg.sod_mm, p['offset_mm'],
-                                   p['tilt_deg'])
-    line_integrals = project(mu, spacing_mm, source, film, cfg.kind) * np.float32(unit)
+                                   tilt)
+    march = geometry.VIEWS[cfg.view].axes[0]
+    line_integrals = project(mu, spacing_mm, source, film, cfg.kind, shape, march) * np.float32(unit)
     views.append(image.photometric(xray.to_image(line_integrals, cfg.image, p_ref, cfg.quantize), p))
   return views
 
@@ -118,4 +126,5 @@ def each(params: dict) -> list[dict]:
 
 
 def _rgb(images):    # V x [h, w] -> [V, h, w, 3]
-  return np.repeat(np.stack(images)[..., None], 3, axis=-1)
+  xp = geometry.array_namespace(images)
+  return xp.repeat(xp.stack(images)[..., None], 3, axis=-1)

@@ -5,7 +5,8 @@ whole (the whole scan, reduced to about 3 mm) and whole_spacing_mm. Of data.moda
 [C, D, H, W] of C sequences, with their scale, offset and pad float32 [C] (intensities.py). X-ray record: image uint8
 or uint16 [H, W], index, group, name, bad. Records of one scan, or of one group of a manifest, share their group.
 `bad`: the file of record `index` failed after the start, and this is the next good one. Decoded files stay in a
-bounded cache.
+bounded cache. `largest`: {'volume', 'whole' or 'image': shape that holds this array of every record, [D, H, W] or
+[H, W]}, as far as a source knows it.
 """
 import collections
 import functools
@@ -82,6 +83,12 @@ class Cache:
         self.bytes -= self._values.popitem(last=False)[1][1]
 
 
+def hull(shapes: list[dict]) -> dict:
+  """{name: shape that holds those of all}, of the names that all have."""
+  names = set.intersection(*map(set, shapes)) if shapes else ()
+  return {name: tuple(max(sizes) for sizes in zip(*(s[name] for s in shapes))) for name in names}
+
+
 # ---- phantoms
 
 class PhantomCT:
@@ -107,6 +114,10 @@ class PhantomCT:
 
   def listing(self) -> list[dict]:
     return [{'id': f'phantom {i} of seed {self.seed}'} for i in self.indices]
+
+  @property
+  def largest(self) -> dict:
+    return dict.fromkeys(('volume', 'whole'), self._get(0)[0].shape)    # all are of one shape
 
   def labels(self, i: int) -> dict:
     """{finding: 0 or 1} of record i."""
@@ -141,6 +152,10 @@ class PhantomXray:
   def listing(self) -> list[dict]:
     return [{'id': f'phantom {i} of seed {self.seed}'} for i in self.indices]
 
+  @property
+  def largest(self) -> dict:
+    return {'image': self[0]['image'].shape}
+
   def __getitem__(self, i: int) -> dict:
     index = self.indices[i]
     image, = self.cache.get(i, lambda: (phantom.xray(_phantom(self.seed, index), self.seed, index),))
@@ -169,6 +184,7 @@ class _Folder:
     self.spec, self.on_bad_file = spec, on_bad_file
     self.cache = Cache(cache_bytes)
     self.failed = {}    # index of an item -> DataError
+    self.sizes = []     # of the checked files, {array: shape}, in any order
     if rows is None:
       found = self.discover(spec)
       rows = [{}] * len(found.items)
@@ -206,6 +222,10 @@ class _Folder:
 
   def __len__(self):
     return len(self.parts)
+
+  @property
+  def largest(self) -> dict:
+    return hull(self.sizes)
 
   @functools.cached_property
   def root(self) -> str:
@@ -308,6 +328,8 @@ class CTFolder(_Folder):
 
   def check(self, item, row):
     scan = self.decoded(item, row)
+    shape = (tiles.TILE, *scan.volume.shape[-2:])
+    self.sizes.append({'volume': shape} | ({'whole': scan.whole.shape} if self.whole else {}))
     return tiles.starts(scan.volume.shape[-3]), scan.warnings
 
   def record(self, scan: tiles.Scan, start: int) -> dict:
@@ -325,7 +347,7 @@ class XrayFolder(_Folder):
     return (readers.image(item).array,)
 
   def check(self, item, row):
-    readers.check_image(item)
+    self.sizes.append({'image': readers.check_image(item)})
     return (None,), ()
 
   def record(self, decoded, part) -> dict:

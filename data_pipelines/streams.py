@@ -13,7 +13,7 @@ from concurrent import futures
 import grain
 import numpy as np
 
-from data_pipelines import cases, draw, files, labelled, manifest, prepared, sample, sequences, sources
+from data_pipelines import cases, device, draw, files, labelled, manifest, prepared, sample, sequences, sources
 from data_pipelines.errors import DataError
 
 STREAMS = ('ct', 'xray')
@@ -57,7 +57,9 @@ class Stream:
 
   Attributes:
     records: number of records of the source.
-    spec: {field: (shape, dtype)} of one row.
+    spec: {field: (shape, dtype)} of one row, as `next` gives it.
+    finish: jittable, batch of such rows -> the batch of views that the losses see: itself, with data.place='host'.
+    fields: {field: (shape, dtype)} of one row of that.
     source: the record source.
     manifest: manifest.Listed that names its records, or None.
   """
@@ -72,8 +74,11 @@ class Stream:
     seed = np.random.SeedSequence([config.seed, zlib.crc32(name.encode())]).generate_state(1)[0]
     records = grain.MapDataset.source(source).seed(int(seed))
     self._ordered = records.random_map(_Views(name, config))
-    row = self._ordered[0]
-    self.spec = {k: (v.shape, v.dtype) for k, v in row.items()}
+    shapes = device.frame(name, config, source) if config.data.place == 'device' else None
+    rows = _Views(name, config, shapes)
+    self.finish = device.finish(name, config) if shapes else lambda batch: batch
+    self.fields = _spec(self._ordered[0])
+    self.spec = _spec(records.random_map(rows)[0]) if shapes else self.fields
     workers = self._workers = config.data.workers
     if workers:
       _parse_flags()
@@ -84,7 +89,7 @@ class Stream:
     if config.data.views_per_read > 1:
       records = _SeveralTimes(records, config.data.views_per_read)
     self._iterator = iter(grain.experimental.ElasticIterator(
-        records.repeat(None).random_map(_Views(name, config)), self.batch,
+        records.repeat(None).random_map(rows), self.batch,
         grain.sharding.ShardOptions(shard_index=shard_index, shard_count=shard_count),
         read_options=grain.ReadOptions(num_threads=THREADS, prefetch_buffer_size=BUFFER),
         multiprocessing_options=options))
@@ -169,20 +174,29 @@ class _SeveralTimes(grain.MapDataset):
 
 
 class _Views(grain.transforms.RandomMap):
-  """Record -> row; `rng` (key of whatever the device draws for this row) comes first from the row's generator."""
+  """Record -> row; `rng` (key of whatever the device draws for this row) comes first from the row's generator.
 
-  def __init__(self, name, config):
-    self.name, self.config, self.drr = name, config, sample.needs_drr(config)
+  shapes: of device.frame; the rows are then what the device makes the views of.
+  """
+
+  def __init__(self, name, config, shapes=None):
+    self.name, self.config, self.shapes, self.drr = name, config, shapes, sample.needs_drr(config)
     files.single_threaded_blas()
 
   def __reduce__(self):    # so that a worker process passes through __init__ too
-    return type(self), (self.name, self.config)
+    return type(self), (self.name, self.config, self.shapes)
 
   def random_map(self, record, rng: np.random.Generator):
     key = rng.integers(0, 2**32, 2, np.uint32)
-    return views(self.name, record, self.config, rng, self.drr) | {
+    row = (device.raw(self.name, record, self.config, rng, self.shapes) if self.shapes else
+           views(self.name, record, self.config, rng, self.drr))
+    return row | {
         'id': np.int32(record['index']), 'group': np.int32(record.get('group', record['index'])), 'rng': key,
         'bad': np.bool_(record['bad'])}
+
+
+def _spec(row: dict) -> dict:
+  return {k: (v.shape, v.dtype) for k, v in row.items()}
 
 
 def _parse_flags() -> None:

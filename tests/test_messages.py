@@ -50,6 +50,12 @@ LEAVES = [
      r'data.sequences="_t1,_t2,_flair" names 3, model.in_channels=\(3, 1\): use model.in_channels=\(3, 3\)'),
     ({'model.in_channels': (3, 2)}, r'model.in_channels=\(3, 2\): CT has one sequence; use data.modality=mr, or'),
     ({'model.in_channels': (1, 1)}, r'model.in_channels=\(1, 1\): images have 3 channels, .*; use \(3, 1\)'),
+    ({'data.place': 'gpu'}, r'data.place="gpu" unknown: use one of host, device'),
+    ({'data.place': 'device', 'drr.image': 'reference'}, r'data.place="device", drr.image="reference": the released '
+     r'renderer runs on the host alone; set data.place=host, or another drr.image'),
+    ({'data.place': 'device', 'drr.tilt_deg': 20., 'drr.source_jitter_mm': 300.}, r'drr.tilt_deg=20, drr.source_jitter_'
+     r'mm=300: the beam leans by up to 29.5 degrees in each direction, at most 25 there; set them lower, or'),
+    ({'data.device_shape.xray': (0, 0, 0)}, r'data.device_shape.xray=\(0, 0, 0\): needs 2 numbers, none below 0'),
     ({'data.manifest': '/m', 'data.xray': '/x'}, r'data.manifest="/m" says what is trained on, and so does '
      r'data.xray="/x": set one of them to ""'),
 ]
@@ -57,6 +63,8 @@ LEAVES = [
 
 TASKS = [
     ('cls3d', {'phases.xray': 1}, r'a task learns from one kind of image: set one of phases.ct and phases.xray to 0'),
+    ('cls3d', {'data.place': 'device'}, r'data.place="device": views of a task are made on the host alone; set '
+     r'data.place=host'),
     ('cls3d', {'data.label_fraction': 0.}, r'data.label_fraction=0.0: must lie in \(0, 1\]'),
     ('cls3d', {'data.label_fraction': .2, 'steps': 0, 'epochs': 3}, r'fewer labels would mean fewer steps. FIX: set'),
     ('cls3d', {'data.ct': '/data'}, r'data.ct and data.xray have no labels: name a labelled data.manifest'),

@@ -37,12 +37,16 @@ def make_init(config, method, optimiser):
   return init
 
 
-def make_step(config, method, optimiser, phase_name, mesh):
-  """(state, batch) -> (state, metrics) of one phase. A step that is not finite changes nothing but the counters."""
+def make_step(config, method, optimiser, phase_name, mesh, finish=None):
+  """(state, batch) -> (state, metrics) of one phase. A step that is not finite changes nothing but the counters.
+
+  finish: {stream: its rows as they come -> its fields}; None: they come as fields.
+  """
   phase = method.phases[phase_name]
   lr, wd = schedules(config, method)
 
   def step_fn(state: TrainState, batch):
+    batch = {name: finish[name](rows) for name, rows in batch.items()} if finish else batch
     step, extra = state.step, state.extra
     key = jax.random.fold_in(jax.random.key(config.seed), step)
     loss, aux, grads = accumulate(phase.loss, state.params, extra, batch, key, step, config.optim.accum, mesh)

@@ -133,8 +133,8 @@ class Run:
     preflight.same_records(self.records)
     self.read_ahead = sum(s.read_ahead for s in self.streams.values())
     preflight.check_memory(self.read_ahead)
-    validate.check_channels(config, {n: s.spec for n, s in self.streams.items()})
-    self.method = validate.made(base.make, config, {n: (s.records, s.spec) for n, s in self.streams.items()})
+    validate.check_channels(config, {n: s.fields for n, s in self.streams.items()})
+    self.method = validate.made(base.make, config, {n: (s.records, s.fields) for n, s in self.streams.items()})
     validate.check_method(config, self.method)
     self.total = self.method.total_steps
     self.optimiser = adamw(self.method.groups, clip=config.optim.clip, clip_mode=config.optim.clip_mode,
@@ -191,7 +191,8 @@ class Run:
                  for k, (shape, dtype) in self.streams[s].spec.items()}
              for s, n in self.method.phases[phase].streams.items()}
     out = jax.tree.map(lambda x: x.sharding, state), sharding.replicated(self.mesh)
-    f = step.make_step(self.config, self.method, self.optimiser, phase, self.mesh)
+    f = step.make_step(self.config, self.method, self.optimiser, phase, self.mesh,
+                       {n: s.finish for n, s in self.streams.items()})
     return jax.jit(f, donate_argnums=0, out_shardings=out).lower(state, batch).compile()
 
   def train(self, stop, watchdog, preempt_exit_code) -> int:

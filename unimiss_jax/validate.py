@@ -15,6 +15,7 @@ CHOICES = {
     'phases.unit': ('epoch', 'step', 'joint'),
     'data.modality': ('ct', 'mr', 'other'),
     'data.on_bad_file': ('skip', 'stop'),
+    'data.place': ('host', 'device'),
     'views.ct.extent': ('output', 'record'),
     'views.ct.resize': ('linear', 'area'),
     'views.ct.aug_unit': ('slice', 'volume'),
@@ -47,6 +48,7 @@ PARTS = ('encoder', 'decoder', 'head')
 STREAMS = ('ct', 'xray')
 TASKS = ('knn', 'retrieval', 'cls', 'seg')
 DRR_LOSSES = ('drr', 'recon_drr', 'pair_nce')
+MOST_LEANING = 25.            # degrees: with it, and the window's place, a beam still runs along the axis of its view
 MOST_PHANTOMS = 1_000_000     # of the range that is kept for development
 PAIRS = ('precrop', 'scale', 'noise_std', 'blur_sigma', 'blur_p', 'blur_unit_p', 'mul', 'mul_p', 'add_p', 'add_unit_p',
          'contrast_p', 'gamma', 'gamma_p', 'ratio')
@@ -119,6 +121,7 @@ def validate(config) -> None:
   if 'task' in config:
     _task(config)
   _modality(config)
+  _place(config)
   _model(config)
 
 
@@ -176,6 +179,27 @@ def _modality(config) -> None:
                       f'{" and ".join(term.partition("=")[0] for term in on)} to 0')
   if not (data.ct or data.manifest):
     raise ConfigError(f'data.modality={data.modality} with data.ct="": phantoms are CT; name a folder in data.ct')
+
+
+def _place(config) -> None:
+  """What the device can make views of."""
+  data, drr = config.data, config.drr
+  for name, count in (('ct', 3), ('whole', 3), ('xray', 2)):
+    shape = tuple(data.device_shape[name])
+    if len(shape) != count or min(shape) < 0:
+      raise ConfigError(f'data.device_shape.{name}={shape}: needs {count} numbers, none below 0')
+  if data.place == 'host':
+    return
+  if 'task' in config:
+    raise ConfigError('data.place="device": views of a task are made on the host alone; set data.place=host')
+  if drr.image == 'reference':
+    raise ConfigError('data.place="device", drr.image="reference": the released renderer runs on the host alone; set '
+                      'data.place=host, or another drr.image')
+  leaning = drr.tilt_deg + math.degrees(math.atan(drr.source_jitter_mm / drr.sod_mm))
+  if leaning > MOST_LEANING:
+    raise ConfigError(f'data.place="device", drr.tilt_deg={drr.tilt_deg:g}, drr.source_jitter_mm='
+                      f'{drr.source_jitter_mm:g}: the beam leans by up to {leaning:.3g} degrees in each direction, at '
+                      f'most {MOST_LEANING:g} there; set them lower, or data.place=host')
 
 
 def _model(config) -> None:

@@ -571,7 +571,7 @@ def test_colour_radiographs_become_grey_and_large_ones_smaller(tmp_path):
 
 def test_header_check_of_radiographs(tmp_path):
   path = save(tmp_path / 'x.dcm', dataset(noise((6, 5)), 'CR'))
-  dicom.check_image(path)
+  assert dicom.check_image(path) == dicom.read_image(path).array.shape == (6, 5)
   (tmp_path / 'y.dcm').write_text('hello')
   (tmp_path / 'z.dcm').write_bytes(b'')
   assert code_of(dicom.check_image, tmp_path / 'y.dcm') == 'NOT_IMAGE'

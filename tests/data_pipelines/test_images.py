@@ -77,6 +77,7 @@ def test_exif_orientation_is_applied(tmp_path, orientation):
   stored = Image.fromarray(np.ascontiguousarray(undo[orientation]))
   stored.save(tmp_path / 'x.png', exif=exif)
   np.testing.assert_array_equal(images.read(tmp_path / 'x.png').array, grey)
+  assert images.check(tmp_path / 'x.png') == grey.shape
 
 
 @pytest.mark.parametrize('dtype', [np.uint8, np.uint16])
@@ -85,6 +86,7 @@ def test_large_pictures_are_reduced_without_aliasing(tmp_path, dtype):
   fine = ((np.indices((1100, 1536)).sum(0) % 2) * top).astype(dtype)    # a chessboard: grey when reduced
   read = images.read(save(tmp_path / 'x.png', fine))
   assert read.array.shape == (512, round(1536 * 512 / 1100)) and read.array.dtype == dtype
+  assert images.check(tmp_path / 'x.png') == read.array.shape
   assert np.abs(read.array[4:-4, 4:-4] / top - .5).max() < .03
   small = images.read(save(tmp_path / 'y.png', picture(512, 600)))
   np.testing.assert_array_equal(small.array, picture(512, 600))

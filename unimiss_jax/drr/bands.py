@@ -105,11 +105,11 @@ def banded(volume, rows: Samples, cols: Samples, kind: str):
   return image.reshape(-1, half.shape[2])[:w, :h].T
 
 
-def dense(volume, rows: Samples, cols: Samples, kind: str):
+def dense(volume, rows: Samples, cols: Samples, kind: str, lengths=None):
   """jax form of the same sum: a scan over chunks of slices which builds its weights inside.
 
   Args and result as `banded`; `CHUNK` bounds the memory of the weights. Products of bfloat16 volumes
-  accumulate in float32.
+  accumulate in float32. `lengths`: voxels of the two axes which count, where zeros fill them up; may be traced.
   """
   import jax
   import jax.numpy as jnp
@@ -126,8 +126,8 @@ def dense(volume, rows: Samples, cols: Samples, kind: str):
 
   def add(image, chunk):
     slices, *samples = chunk
-    w_row, w_col = (weights(kind, s.coords[..., None], s.footprint[:, None, None], 0, jnp.arange(n), n, wide)
-                    for s, n in zip(samples, (nr, nc)))
+    w_row, w_col = (weights(kind, s.coords[..., None], s.footprint[:, None, None], 0, jnp.arange(n), length, wide)
+                    for s, n, length in zip(samples, (nr, nc), lengths or (nr, nc)))
     einsum = lambda *args: jnp.einsum(*args, precision='highest', preferred_element_type=wide)
     if rows_first:
       half = einsum('khj,kji->khi', w_row.astype(narrow), slices.astype(narrow))

@@ -12,7 +12,7 @@ from unimiss_jax.drr import bands, slices, tilt
 from unimiss_jax.drr.geometry import Detector, array_namespace, is_concrete
 
 
-def project(volume, spacing_mm, source_mm, detector: Detector, kind: str = 'box'):
+def project(volume, spacing_mm, source_mm, detector: Detector, kind: str = 'box', shape=None, march=None):
   """Line integrals from a point source to every pixel of a flat film.
 
   Args:
@@ -23,6 +23,10 @@ def project(volume, spacing_mm, source_mm, detector: Detector, kind: str = 'box'
     detector: the film, in any position; its steps may be negative, and its rows may run along any axis.
     kind: 'box', mean over the finite pixel; 'linear', point ray through the trilinear interpolant; 'bspline',
       point ray through voxels which are smoothed by the cubic B-spline within their slices.
+    shape: `[3]` of the part of `volume`, at the start of its axes, which is the volume; may be traced. What fills up
+      the rest is not looked at. None = all of it.
+    march: marching axis of a tilted film whose geometry is traced: the one along which the ray through its centre
+      advances most. None = found at run time, at the cost of a form for each axis.
 
   Returns:
     `[h, w]`, no unit, obliquity included: float64 for a float64 volume, else float32.
@@ -36,7 +40,7 @@ def project(volume, spacing_mm, source_mm, detector: Detector, kind: str = 'box'
   """
   if kind not in bands.KINDS:
     raise ValueError(f'kind "{kind}" unknown: use one of {", ".join(bands.KINDS)}')
-  xp = array_namespace(volume, spacing_mm, source_mm, detector)
+  xp = array_namespace(volume, spacing_mm, source_mm, detector, shape)
   volume = xp.asarray(volume)
   if volume.ndim != 3 or 0 in volume.shape:
     raise ValueError(f'volume has shape {volume.shape}: expected a non-empty [D, H, W]')
@@ -46,19 +50,23 @@ def project(volume, spacing_mm, source_mm, detector: Detector, kind: str = 'box'
   source = _vector('source_mm', source_mm)
   film = Detector(detector.shape, *(_vector(f'detector.{name}', getattr(detector, name))
                                     for name in ('origin_mm', 'row_step_mm', 'col_step_mm')))
+  if shape is not None:
+    volume, shape = _part(volume, shape)
   axes = _axes(film)
   if axes is not None:
-    image = slices.line_integrals(volume, spacing, source, film, kind, axes)
+    image = slices.line_integrals(volume, spacing, source, film, kind, axes, shape)
+  elif march is not None and not is_concrete(spacing, source, film, shape):
+    image = tilt.shear_warp(volume, spacing, source, film, kind, march, shape)
   elif is_concrete(spacing, source, film):
-    image = tilt.shear_warp(volume, spacing, source, film, kind, int(tilt.marching_axis(source, film)))
+    image = tilt.shear_warp(volume, spacing, source, film, kind, int(tilt.marching_axis(source, film)), shape)
   else:
-    return _project_any(volume, spacing, source, film, kind)
+    return _project_any(volume, spacing, source, film, kind, shape)
   if xp is np and not np.isfinite(image).all():
     raise ValueError('the projection is not finite: the volume holds NaN or infinite values')
   return image
 
 
-def _project_any(volume, spacing, source, film, kind):
+def _project_any(volume, spacing, source, film, kind, shape):
   """For traced steps: all ways to lay the film, one of which runs."""
   import jax
   import jax.numpy as jnp
@@ -70,8 +78,17 @@ def _project_any(volume, spacing, source, film, kind):
   parallel = (row != col) & (steps.sum(1) <= steps.max(1) * (1 + 1e-5)).all()
   which = jnp.where(parallel, which, 6 + tilt.marching_axis(source, film))
   args = volume, spacing, source, film, kind
-  return jax.lax.switch(which, [lambda axes=axes: slices.line_integrals(*args, axes) for axes in orders] +
-                        [lambda march=march: tilt.shear_warp(*args, march) for march in range(3)])
+  return jax.lax.switch(which, [lambda axes=axes: slices.line_integrals(*args, axes, shape) for axes in orders] +
+                        [lambda march=march: tilt.shear_warp(*args, march, shape) for march in range(3)])
+
+
+def _part(volume, shape):
+  """(volume, None) cut to its part, or (with zeros beyond the part, shape) where that is of jax."""
+  xp = array_namespace(volume, shape)
+  if xp is np:
+    return volume[tuple(map(slice, shape))], None
+  d, h, w = (xp.arange(n) < m for n, m in zip(volume.shape, shape))
+  return xp.where(d[:, None, None] & h[:, None] & w, volume, 0), shape
 
 
 def _vector(name: str, value) -> tuple:

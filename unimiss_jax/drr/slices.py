@@ -8,6 +8,7 @@ its column. So the projection is a sum of separable products,
 with banded weights that follow from a few scalars (the slice form of Joseph, IEEE TMI 1982, and of the
 distance-driven projector, De Man and Basu, PMB 2004).
 """
+import functools
 from typing import NamedTuple
 
 import numpy as np
@@ -23,7 +24,7 @@ class Sampling(NamedTuple):
   obliquity: object    # [h, w] length of a ray within one unit along the marching axis
 
 
-def line_integrals(volume, spacing, source, film, kind: str, axes):
+def line_integrals(volume, spacing, source, film, kind: str, axes, shape=None):
   """The separable form.
 
   Args:
@@ -32,6 +33,7 @@ def line_integrals(volume, spacing, source, film, kind: str, axes):
     film: Detector of such tuples, parallel to the slices.
     kind: one of bands.KINDS.
     axes: (marching axis, axis of the rows, axis of the columns).
+    shape: jax only: of the part of the volume, at the start of its axes, which counts; the rest must be zero.
 
   Returns:
     `[h, w]` float64 for a float64 volume, else float32.
@@ -39,26 +41,30 @@ def line_integrals(volume, spacing, source, film, kind: str, axes):
   Raises:
     ValueError: source within the slices, film not behind the volume, window beside the volume.
   """
-  xp = array_namespace(spacing, source, film)
+  shape = volume.shape if shape is None else shape
+  xp = array_namespace(spacing, source, film, shape)
   dtype = np.float64 if xp is np else xp.promote_types(volume.dtype, np.float32)
-  rows, cols, obliquity = sampling(volume.shape, spacing, source, film, axes, dtype)
-  lengths = (volume.shape[a] for a in axes[1:])
+  rows, cols, obliquity = sampling(shape, spacing, source, film, axes, dtype, volume.shape[axes[0]])
+  lengths = tuple(shape[a] for a in axes[1:])
   if xp is np and not all(bands.touches(samples, length) for samples, length in zip((rows, cols), lengths)):
     raise ValueError('the window misses the volume: move it or the film (origin_mm, steps) over the shadow of the box')
-  contract = bands.banded if array_namespace(volume, rows, cols) is np else bands.dense
+  on_host = array_namespace(volume, rows, cols) is np
+  contract = bands.banded if on_host else functools.partial(bands.dense, lengths=lengths)
   with np.errstate(invalid='ignore', over='ignore'):    # of a volume that is refused for it afterwards
     image = contract(volume.transpose(axes), rows, cols, kind)
   return image * (obliquity * spacing[axes[0]]).astype(image.dtype)
 
 
-def sampling(shape, spacing, source, film, axes, dtype=np.float64) -> Sampling:
-  """Voxel coordinates of all pixels in all slices; args and errors as `line_integrals`."""
+def sampling(shape, spacing, source, film, axes, dtype=np.float64, count=None) -> Sampling:
+  """Voxel coordinates of all pixels in all slices, or in `count`, which go on as copies of the last one; args and
+  errors as `line_integrals`."""
   march, *displayed = axes
-  xp = array_namespace(spacing, source, film)
+  xp = array_namespace(spacing, source, film, shape)
   gap = film.origin_mm[march] - source[march]    # signed distance from source to film
-  if is_concrete(spacing, source, gap):
+  if is_concrete(spacing, source, gap, shape):
     check_order(shape[march] * spacing[march] / 2, source, gap, march)
-  z = (xp.arange(shape[march], dtype=dtype) - (shape[march] - 1) / 2) * spacing[march]
+  at = xp.minimum(xp.arange(count or shape[march], dtype=dtype), shape[march] - 1)
+  z = (at - (shape[march] - 1) / 2) * spacing[march]
   tau = (z - source[march]) / gap                # [K] fraction of the way to the film
   samples, offsets = [], []
   for axis, step, pixels in zip(displayed, (film.row_step_mm, film.col_step_mm), film.shape):

@@ -22,7 +22,7 @@ def marching_axis(source, film):
   return abs(xp.stack([xp.asarray(r) for r in ray])).argmax()
 
 
-def shear_warp(volume, spacing, source, film, kind: str, march: int):
+def shear_warp(volume, spacing, source, film, kind: str, march: int, shape=None):
   """Line integrals on a film in any position.
 
   Args and result as `slices.line_integrals`, for the slices of axis `march`. With traced geometry the plane
@@ -31,10 +31,10 @@ def shear_warp(volume, spacing, source, film, kind: str, march: int):
   Raises:
     ValueError: source within the slices, film within the volume or more than 90 degrees wide, window beside it.
   """
-  xp = array_namespace(spacing, source, film)
-  concrete = is_concrete(spacing, source, film)
+  xp = array_namespace(spacing, source, film, shape)
+  concrete = is_concrete(spacing, source, film, shape)
   (h, w), axes = film.shape, [a for a in range(3) if a != march]
-  half = [n * s / 2 for n, s in zip(volume.shape, spacing)]
+  half = [n * s / 2 for n, s in zip(volume.shape if shape is None else shape, spacing)]
   if concrete:
     _check(half, source, film, march)
   # Where rays meet the plane through the isocentre. Lines stay lines: corners bound the image.
@@ -61,7 +61,7 @@ def shear_warp(volume, spacing, source, film, kind: str, march: int):
   origin[march], (origin[axes[0]], origin[axes[1]]) = -source[march], map(far, axes, starts)
   row_step[axes[0]], col_step[axes[1]] = (2 * step for step in steps)
   plane = Detector(tuple(counts), tuple(origin), tuple(row_step), tuple(col_step))
-  image = slices.line_integrals(volume, spacing, source, plane, kind, (march, *axes))
+  image = slices.line_integrals(volume, spacing, source, plane, kind, (march, *axes), shape)
   return bilinear(image, *((met[a] - start) / step for a, start, step in zip(axes, starts, steps)))
 
 

@@ -14,7 +14,7 @@ HU_RANGE = -1024, 3071       # 12 bits: what lies outside is padding or metal
 TRUNCATE = 4.                # of the Gaussian, in sigmas
 
 
-def view(volume, params, cfg, pad=None):
+def view(volume, params, cfg, pad=None, shape=None):
   """One augmented view `[D, H, W]` float32 of a volume `[D', H', W']` in HU, or of stored z-scores.
 
   Args:
@@ -25,9 +25,11 @@ def view(volume, params, cfg, pad=None):
       whose neutral values are 0, 1, 0, 1, 1.
     cfg: the leaves views.ct (size, resize, pad_hu, aug_unit, gamma_stats, blur_sigma).
     pad: what lies outside of a volume of z-scores; None: the volume is HU.
+    shape: as of `crop_resize`.
   """
   pad, limits = (cfg.pad_hu, HU_RANGE) if pad is None else (pad, None)
-  x = crop_resize(volume, params['box_start'], params['box_size'], params['flip'], cfg.size, cfg.resize, pad, limits)
+  x = crop_resize(volume, params['box_start'], params['box_size'], params['flip'], cfg.size, cfg.resize, pad, limits,
+                  shape)
   x = noise(x, params['noise_std'], params['noise_key'])
   x = blur(x, params['blur_sigma'], cfg.blur_sigma[1])
   x = x * _column(params['mul'])
@@ -36,7 +38,7 @@ def view(volume, params, cfg, pad=None):
   return gamma(x, params['gamma'], cfg.aug_unit, cfg.gamma_stats)
 
 
-def crop_resize(volume, start, size, flip, out, kind: str, pad: float, limits=HU_RANGE):
+def crop_resize(volume, start, size, flip, out, kind: str, pad: float, limits=HU_RANGE, shape=None):
   """The box of a volume, `[*out]` float32, divided by 1024.
 
   Args:
@@ -47,21 +49,25 @@ def crop_resize(volume, start, size, flip, out, kind: str, pad: float, limits=HU
     kind: 'linear' or 'area'.
     pad: value beyond the volume.
     limits: that values are clipped to; None: they are not.
+    shape: `[3]` of the part, at the start of the axes, which is the volume; None: all of it.
   """
   xp = array_namespace(volume, start, size, flip)
   if xp is np:    # only what the box sees
+    volume = volume if shape is None else volume[tuple(map(slice, shape))]
     low = np.clip(np.floor(start), 0, volume.shape).astype(int)
     high = np.clip(np.ceil(np.add(start, size)), low, volume.shape).astype(int)
     volume, start = volume[tuple(slice(a, b) for a, b in zip(low, high))], start - low
   maps = [matrices.resize(kind, start[i], size[i], volume.shape[i], out[i], flip[i]) for i in range(3)]
+  if xp is not np and shape is not None:
+    maps = [xp.where(xp.arange(m.shape[1]) < n, m, 0) for m, n in zip(maps, shape)]
   whole_slices = xp is np and volume.shape[0] == size[0] == out[0]
   if whole_slices and flip[0]:
     volume = volume[::-1]
   x = (volume if limits is None else xp.clip(volume, *limits)).astype(np.float32)
-  x -= np.float32(pad)    # with the padding as zero, voxels beyond the volume need not exist
+  x -= xp.float32(pad)    # with the padding as zero, voxels beyond the volume need not exist
   x = matrices.right(matrices.left(maps[1] / np.float32(SCALE), x), maps[2])
   x = x if whole_slices else xp.tensordot(maps[0], x, 1)
-  x += np.float32(pad / SCALE)
+  x += xp.float32(pad / SCALE)
   return x
 
 
@@ -74,7 +80,7 @@ def noise(x, std, key):
     y += x
     return y
   import jax
-  return x + std * jax.random.normal(jax.random.wrap_key_data(key, impl='threefry2x32'), x.shape)
+  return x + std * jax.random.normal(jax.random.wrap_key_data(key, impl='threefry2x32'), x.shape, x.dtype)
 
 
 def blur(x, sigma, max_sigma: float):
