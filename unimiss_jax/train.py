@@ -1,8 +1,9 @@
 """The loop: pre-training of any method. It knows no method by name.
 
-Order in a step: remember the stream positions, dispatch the step, draw the next batch while the device
-works, wait, log, evaluate, save. A checkpoint holds the state after step n and the positions after
-the batch of step n, so a resumed run takes the same batches and draws the same random numbers.
+Order in a step: remember the stream positions, dispatch the step, draw the next batch and bring it to the devices
+while they work, read what the step before said, log it; evaluate and save where it is time to, after the devices are
+done. A checkpoint holds the state after step n and the positions after the batch of step n, so a resumed run takes the
+same batches and draws the same random numbers.
 """
 import contextlib
 import ctypes
@@ -208,7 +209,7 @@ class Run:
     tests = cases.of(config, 'test') if 'task' in config else None      # a fault of theirs must not wait for the end
     plan = [self.method.schedule(i)[0] for i in range(total)]
     names = tuple(self.method.phases)
-    progress = Progress(np.array([names.index(p) for p in plan], int), names)
+    self.progress = Progress(np.array([names.index(p) for p in plan], int), names)
     logged = logged_steps(plan, config.log.every)
     processes.meet('evaluation set')
     if start == 0:
@@ -217,38 +218,40 @@ class Run:
       self.evaluate(0)
     steps = {n: s.result() for n, s in self.steps.items()}
     costs = {n: preflight.cost(s, self.mesh.size) for n, s in steps.items()}
+    self.flops = {n: c.flops for n, c in costs.items()}
     logging.info('a step of %s', preflight.told(costs))
     processes.meet('compiled')
     trim_memory()
     fetcher = futures.ThreadPoolExecutor(1)     # draws the next batch while the device works
-    batch = self.take(plan[start]) if start < total else None
+    batch, before = self.take(plan[start]) if start < total else None, None
+    self.settled = time.monotonic()
     for i in range(start, start if over(start) else total):
       name, after = plan[i], i + 1
       positions = {n: s.position() for n, s in self.streams.items()}
-      with Stopwatch() as whole:
-        self.state, metrics = steps[name](self.state, sharding.to_devices(batch, self.mesh))
-        fetched = fetcher.submit(self.take, plan[after]) if after < total else None
-        jax.block_until_ready(metrics)
-        with Stopwatch() as waiting:
-          batch = fetched.result() if fetched else None
+      self.state, metrics = steps[name](self.state, batch)
+      fetched = fetcher.submit(self.take, plan[after]) if after < total else None
+      with Stopwatch() as waiting:
+        batch = fetched.result() if fetched else None
+      idle = waiting.seconds if metrics['train/skipped'].is_ready() else 0.      # of the devices, at most
+      if before:
+        self.settle(*before, logged)      # no more than two steps are on their way
+      before = i, name, metrics, idle
       watchdog.alive()
-      progress.add(name, self.method.phases[name].streams, waiting.seconds, whole.seconds)
-      if forecast := progress.forecast(after, self.mesh.size, {n: c.flops for n, c in costs.items()}):
-        logging.info(forecast)
-      skipped, last, asked = int(metrics['train/skipped']), after == total, stop.asked(after)
-      if skipped or last or i in logged:
-        self.checkpoints.check()
-        self.log(i, name, metrics, progress)
-      if skipped:
-        self.skipped(i, name, metrics)
-      if last or config.eval.every and after % config.eval.every == 0:
+      last, asked = after == total, stop.asked(after)
+      due = [last or every and after % every == 0
+             for every in (config.eval.every, config.log.images_every, config.checkpoint.every)]
+      if not asked and not any(due):
+        continue
+      self.settle(*before, {i} if last else logged)
+      before = None
+      if due[0]:
         self.evaluate(after, positions)
         if not last and over(after):
           logging.info('%s did not rise in %d evaluations: the run ends', config.eval.select, config.eval.patience)
           last = True
-      if last or config.log.images_every and after % config.log.images_every == 0:
+      if last or due[1]:
         self.pictures(after)
-      if last or asked or after % config.checkpoint.every == 0:
+      if last or asked or due[2]:
         self.save(after, positions)
       if asked and not last:
         self.checkpoints.wait()
@@ -257,6 +260,7 @@ class Run:
       watchdog.alive()
       if last:
         break
+      self.settled = time.monotonic()
     self.checkpoints.wait()
     if self.best:
       self.best.checkpoints.wait()
@@ -269,7 +273,22 @@ class Run:
     return 0
 
   def take(self, phase):
-    return {s: self.streams[s].next() for s in self.method.phases[phase].streams}
+    """The next batch of a phase, on the devices."""
+    rows = {s: self.streams[s].next() for s in self.method.phases[phase].streams}
+    return sharding.to_devices(rows, self.mesh)
+
+  def settle(self, i, phase, metrics, idle, logged):
+    """Waits for step i, and tells what is to be told of it."""
+    skipped, began = int(metrics['train/skipped']), self.settled
+    self.settled = time.monotonic()
+    self.progress.add(phase, self.method.phases[phase].streams, idle, self.settled - began)
+    if skipped or i in logged:
+      self.checkpoints.check()
+      self.log(i, phase, metrics)
+    if skipped:
+      self.skipped(i, phase, metrics)
+    if forecast := self.progress.forecast(i + 1, self.mesh.size, self.flops):
+      logging.info(forecast)
 
   def describe(self):
     lr, _ = step.schedules(self.config, self.method)
@@ -284,13 +303,13 @@ class Run:
     if levels:
       logging.info('chance level: %s', ', '.join(sorted(levels)))
 
-  def log(self, i, phase, metrics, progress):
+  def log(self, i, phase, metrics):
     """One row of metrics.jsonl and one line: the values of step i, rates since the last line."""
     values = {k: float(v) for k, v in jax.device_get(metrics).items() if k != 'train/skipped_in_a_row'}
-    perf = progress.scalars(phase)
+    perf = self.progress.scalars(phase)
     if self.main:
       self.writer.write_scalars(i, values | perf, phase)
-      logging.info(progress.line(i + 1, phase, values, perf))
+      logging.info(self.progress.line(i + 1, phase, values, perf))
       self.mirror.push()
 
   def skipped(self, i, phase, metrics):

@@ -5,6 +5,7 @@ import math
 import jax
 
 from unimiss_jax import models
+from unimiss_jax.models.mit import REMAT
 
 
 class ConfigError(ValueError):
@@ -16,6 +17,7 @@ CHOICES = {
     'data.modality': ('ct', 'mr', 'other'),
     'data.on_bad_file': ('skip', 'stop'),
     'data.place': ('host', 'device'),
+    'model.remat': REMAT,
     'views.ct.extent': ('output', 'record'),
     'views.ct.resize': ('linear', 'area'),
     'views.ct.aug_unit': ('slice', 'volume'),

@@ -14,20 +14,21 @@ from unimiss_jax.optim import named_leaves
 
 PLAIN = {'speed.shared_2d': False, 'speed.shared_head': False, 'model.fold': False}
 TERMS = {'ct': 1., 'drr': .5, 'slice': .1, 'recon_ct': 5., 'recon_drr': 5., 'nce': 1., 'pair_nce': 1.}
+SHALLOW = {'model.depths': (1, 1, 1, 1)}
 PICTURES = {k: TERMS[k] * (k in ('drr', 'slice', 'recon_drr')) for k in TERMS}
 
 
 @functools.cache
 def start(dtype):
   """(params, extra) of the tiny network, all losses on."""
-  method = base.make(tiny.config(**{'model.dtype': dtype, 'model.depths': (1, 1, 1, 1)}), {'ct': (16, {}), 'xray': (16, {})})
+  method = base.make(tiny.config(**SHALLOW | {'model.dtype': dtype}), {'ct': (16, {}), 'xray': (16, {})})
   return jax.jit(method.init)(jax.random.key(0))
 
 
 def gradients(overrides, dtype, terms=TERMS):
   """Metrics and gradients of a CT step, drop-path on."""
   wide = jax.enable_x64(True) if dtype == 'float64' else contextlib.nullcontext()
-  config = tiny.config(**({f'loss.{k}': v for k, v in terms.items()} | {'model.dtype': dtype, 'model.depths': (1, 1, 1, 1)} | overrides))
+  config = tiny.config(**(SHALLOW | {f'loss.{k}': v for k, v in terms.items()} | {'model.dtype': dtype} | overrides))
   method = base.make(config, {'ct': (16, {}), 'xray': (16, {})})
   with wide:
     batch = jax.tree.map(lambda a: a.astype(dtype) if a.dtype == np.float32 else a, rows(2, ct=True))
