@@ -62,6 +62,7 @@ class Contender:
         self._process.kill()
         raise Lost(f'{self.name}: ' + (f'ended with code {self._process.wait()}' if ready
                                        else f'no answer within {seconds:.0f} s'))
+      self._rest += part
     line, self._rest = self._rest.split(b'\n', 1)
     return json.loads(line)
 
@@ -105,14 +106,15 @@ def rounds(contenders, cases: dict, n: int, clock: str) -> dict:
   return times
 
 
-def summary(seconds) -> dict:
-  return {'s': rounded(np.median(seconds)), 'range': [rounded(min(seconds)), rounded(max(seconds))]}
+def summary(x) -> str:
+  return f'{rounded(np.median(x))} ({rounded(min(x))} .. {rounded(max(x))})'
 
 
-def ratio(ours, theirs) -> dict:
-  """Ours over theirs, round by round: below 1 is faster."""
-  each = np.divide(ours, theirs)
-  return {'ratio': rounded(np.median(each)), 'range': [rounded(each.min()), rounded(each.max())]}
+def against(ours: str, times: dict) -> dict:
+  """Seconds of each contender of {name: seconds of each round}, and ours over theirs within a round: median, lowest and
+  highest; a ratio below 1 is faster."""
+  ratios = {n: np.divide(times[ours], t) for n, t in times.items() if n != ours}
+  return {'seconds': {n: summary(t) for n, t in times.items()}, 'ratio': {n: summary(r) for n, r in ratios.items()}}
 
 
 def rounded(x) -> float:

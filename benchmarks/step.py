@@ -70,13 +70,22 @@ def ours(args, folder):
       for phase in args.phases:
         run(phase)
   a = jnp.full((GEMM, GEMM), .5, args.dtype)
-  x = jnp.zeros(COPY // 4, jnp.float32)
-  product, copy = jax.jit(jnp.matmul).lower(a, a).compile(), jax.jit(lambda x: x + 1).lower(x).compile()
+  product, device = jax.jit(jnp.matmul).lower(a, a).compile(), jax.devices()[0]
   cases = {p: functools.partial(run, p) for p in args.phases} | {
-      'gemm': lambda: product(a, a).block_until_ready(), 'copy': lambda: copy(x).block_until_ready()}
-  device = jax.devices()[0]
+      'gemm': lambda: product(a, a).block_until_ready(), 'copy': copying(device.platform)}
   return {'cases': list(cases), 'losses': losses, 'costs': costs, 'platform': device.platform,
           'device': device.device_kind, 'version': jax.__version__}, cases
+
+
+def copying(platform: str):
+  """A function that copies COPY bytes to where others are already."""
+  if platform == 'cpu':
+    a, b = np.ones(COPY, np.uint8), np.ones(COPY, np.uint8)
+    return lambda: np.copyto(b, a)
+  import jax
+  x = jax.numpy.zeros(COPY // 4, np.float32)
+  copy, held = jax.jit(lambda x: x + 1, donate_argnums=0).lower(x).compile(), [x]
+  return lambda: held.__setitem__(0, copy(held[0]).block_until_ready())
 
 
 def peer(args, folder):
@@ -159,12 +168,9 @@ def compare(args) -> dict:
             'versions': {n: f['version'] for n, f in facts.items()}, 'largest_difference_of_a_loss': errors,
             'not_timed': lost}
   for phase in args.phases:
-    mine = times[phase]['ours']
-    result[phase] = {n: contest.summary(t) | (contest.ratio(mine, t) | {'own_range': contest.summary(t)['range']}
-                                              if n != 'ours' else {}) for n, t in times[phase].items()}
-    result[phase]['roofline'] = roofline(phase, times, facts)
-    result[phase]['buffers_mib'] = {k: contest.rounded(facts['ours']['costs'][phase][f'{k}_mib'])
-                                    for k in ('temp', 'argument')}
+    result[phase] = contest.against('ours', times[phase]) | {
+        'roofline': roofline(phase, times, facts),
+        'buffers_mib': {k: contest.rounded(facts['ours']['costs'][phase][f'{k}_mib']) for k in ('temp', 'argument')}}
   return result
 
 
@@ -184,7 +190,9 @@ def main():
   args = parser.parse_args()
   if args.ops:
     from benchmarks import ops
-    return contest.show(ops.compare(args), args.out) if not args.name else contest.serve(lambda: ops.side(args.name))
+    if args.name:
+      return contest.serve(lambda: ops.side(args.name))
+    return contest.show(ops.compare(__file__, args.rounds), args.out)
   if args.name:
     return contest.serve(lambda: (ours if args.name == 'ours' else peer)(args, args.folder))
   contest.show(compare(args), args.out)

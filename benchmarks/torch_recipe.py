@@ -47,7 +47,6 @@ class Recipe:
         [{'params': [p for n, p in trained if not plain(n, p)], 'weight_decay': schedules['wd']},
          {'params': [p for n, p in trained if plain(n, p)], 'weight_decay': 0.}],
         lr=schedules['lr'], eps=config.optim.eps, fused=lean or None)
-    self.frozen = [p for n, p in trained if '3D' in n]
     self.student, self.teacher = (torch.compile(n, dynamic=False) if compiled else n for n in nets)
     self.center = torch.zeros(1, config.head.out_dim, device=device)
 
@@ -113,6 +112,12 @@ class Recipe:
       return
     for p, t in zip(student, teacher):
       t.mul_(self.momentum).add_((1 - self.momentum) * p)
+
+  def state(self) -> list:
+    """Every tensor that outlives a step: parameters, gradients, moments, teacher, centre."""
+    student, teacher = self.parameters
+    moments = [t for of in self.optimiser.state.values() for t in of.values() if torch.is_tensor(t)]
+    return [*student, *teacher, *moments, *(p.grad for p in student if p.grad is not None), self.center]
 
 
 def restored(output, target):

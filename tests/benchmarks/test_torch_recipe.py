@@ -15,7 +15,7 @@ TINY = dict(embed_dims=(4, 8, 8, 8, 8, 8), depths=(1, 1, 1, 1), num_heads=(1, 1,
 HEAD = dict(out_dim=64, hidden_dim=16, bottleneck_dim=8)
 
 
-@pytest.mark.parametrize('phase, preset', [('ct', 'reference'), ('xray', 'plain')])
+@pytest.mark.parametrize('phase, preset', [pytest.param('ct', 'reference', marks=pytest.mark.slow), ('xray', 'plain')])
 def test_losses_and_centre_are_ours(phase, preset):
   c = unimiss_plus.get_config(preset)
   c.unlock()
@@ -28,7 +28,9 @@ def test_losses_and_centre_are_ours(phase, preset):
   params = porting.from_torch(weights, TINY)
   extra = {'teacher': params, 'center': np.random.default_rng(1).normal(size=(1, 64)).astype(np.float32)}
   batch = setting.batches(c)[phase]
-  loss, aux = jax.jit(made.method.phases[phase].loss)(params, extra, batch, made.key, 0)
+  given = params, extra, batch, made.key, 0
+  quick = {'xla_backend_optimization_level': 0}      # compiling is most of this test
+  loss, aux = jax.jit(made.method.phases[phase].loss).lower(*given).compile(quick)(*given)
   peer = torch_recipe.Recipe(c, weights, made.schedules(), lean=preset == 'plain')
   peer.center = torch.tensor(extra['center'])
   with torch.no_grad():
