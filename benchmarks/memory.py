@@ -79,24 +79,30 @@ def facts(name: str, argv: list) -> dict:
   return one.facts
 
 
+def beside(found: dict, argv: list, peer: str, case: str) -> dict:
+  """Our buffers of a phase and batch size, and what PyTorch takes, where it is installed."""
+  total = found['temp'] + found['argument']
+  row = {k: round(v) for k, v in found.items()} | {'total': round(total)}
+  try:
+    theirs = facts(peer, [*argv, f'--only={case}'])
+  except contest.Lost as e:
+    return row | {'not_measured': str(e)}
+  return row | {f'torch_{k}': round(v) for k, v in theirs.items()} | {
+      f'ratio_to_{k}': contest.rounded(total / theirs[k]) for k in ('tensors', 'resident')}
+
+
 def compare(args) -> dict:
   contest.one_core()
   argv = [__file__, f'--batches={",".join(map(str, args.batches))}', f'--preset={args.preset}', f'--peer={args.peer}']
   mine = facts('ours', argv)['mib']
   os.environ.pop('GLIBC_TUNABLES', None)
-  rows = {}
-  for phase, sizes in mine.items():
-    rows[phase] = {}
-    for batch, found in sizes.items():
-      theirs = facts(args.peer, [*argv, f'--only={phase}:{batch}'])
-      total = found['temp'] + found['argument']
-      rows[phase][batch] = {k: round(v) for k, v in found.items()} | {
-          'total': round(total)} | {f'torch_{k}': round(v) for k, v in theirs.items()} | {
-          'ratio_to_tensors': round(total / theirs['tensors'], 3),
-          'ratio_to_resident': round(total / theirs['resident'], 3)}
+  rows = {phase: {batch: beside(found, argv, args.peer, f'{phase}:{batch}') for batch, found in sizes.items()}
+          for phase, sizes in mine.items()}
+  for sizes in rows.values():
     first, last = min(sizes, key=int), max(sizes, key=int)
-    rows[phase]['per_record'] = {k: round((rows[phase][last][k] - rows[phase][first][k]) / (int(last) - int(first)))
-                                 for k in ('total', 'torch_tensors', 'torch_resident')} if first != last else {}
+    if first != last:
+      sizes['per_record'] = {k: round((sizes[last][k] - sizes[first][k]) / (int(last) - int(first)))
+                             for k in ('total', 'torch_tensors', 'torch_resident') if k in sizes[first]}
   return {'unit': 'MiB', 'preset': args.preset, 'peer': args.peer} | rows
 
 
