@@ -27,6 +27,7 @@ def one_core() -> None:
   if hasattr(os, 'sched_setaffinity'):
     os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
   os.environ.update(dict.fromkeys(THREADS, '1'))
+  os.environ.setdefault('XLA_PYTHON_CLIENT_PREALLOCATE', 'false')      # an accelerator is shared with the peer
   settings()
 
 

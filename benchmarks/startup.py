@@ -55,14 +55,14 @@ def start(preset: str, workdir: pathlib.Path, cache: pathlib.Path) -> dict:
       lines.append(line)
       if first is None and f'step 1/{STEPS}' in line:
         first = {'first_step_s': time.monotonic() - began, 'first_step_cpu_s': cpu_seconds(run.pid)}
-        before = len(lines)
   if run.returncode or first is None:
     sys.exit(f'{" ".join(command)}\nended with code {run.returncode}:\n{"".join(lines[-20:])}')
-  add = lambda pattern: sum(float(s) for line in lines[:before] for s in pattern.findall(line))
+  log = (workdir / 'logs' / 'host_0.txt').read_text()      # there each line is once
+  add = lambda pattern: sum(map(float, pattern.findall(log[:log.index(f'step 1/{STEPS}')])))
   rows = [json.loads(line) for line in (workdir / 'metrics.jsonl').read_text().splitlines()]
   batch = json.loads((workdir / 'config.json').read_text())['batch']['ct']
   pairs = [batch / r['perf/ct_per_s'] for r in rows[2:] if r.get('phase') == 'ct']      # an X-ray step, a CT step
-  stalls = [float(s) for line in lines for s in STALL.findall(line)]
+  stalls = [float(s) for s in STALL.findall(log)]
   return first | {'compile_s': add(COMPILED), 'trace_s': add(TRACED), 'pairs': pairs, 'stalls': stalls}
 
 
