@@ -53,6 +53,9 @@ def peer(args) -> tuple:
   made = torch_recipe.Recipe(config, weights, {'lr': 1e-5, 'wd': .04, 'momentum': .996},
                              lean=args.peer != 'released')
   del weights
+  for p in made.parameters[0]:
+    p.grad = torch.zeros_like(p) if p.requires_grad else None
+  made.optimiser.step()      # a run has had steps of both phases: moments of all tensors
   tensors = torch_recipe.views(setting.batches(config)[phase])
   for _ in range(2):
     made.step(phase, tensors)
