@@ -20,8 +20,10 @@ test-all: $(READY)
 lint: $(READY)
 	$(BIN)/ruff check .
 
+# Half an hour on one core; TORCH=1 gives step and memory their peer.
 bench: $(READY)
-	for b in drr input; do $(BIN)/python benchmarks/$$b.py; done
+	for b in drr.py input.py "step.py --ops" step.py memory.py startup.py; do \
+	  $(BIN)/python benchmarks/$$b || exit 1; done
 
 clean:
 	rm -rf $(VENV) .cache runs
