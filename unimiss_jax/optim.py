@@ -74,6 +74,7 @@ def decays(name: str, x) -> bool:
 class Optimiser(NamedTuple):
   init: Callable     # params -> opt_state = {group: optax state over {name: tensor}}
   update: Callable   # (grads, opt_state, params, modes, lr, wd) -> (params, opt_state, norms)
+  norms: Callable    # grads -> {group: their norm}
 
 
 def adamw(group_of: Callable[[str], str], *, clip: float = 0., clip_mode: str = 'global',
@@ -101,9 +102,11 @@ def adamw(group_of: Callable[[str], str], *, clip: float = 0., clip_mode: str = 
   def init(params):
     return {group: adam.init(tensors) for group, tensors in split(params).items()}
 
+  def norms_of(grads):
+    return {g: optax.tree.norm(t) for g, t in split(grads).items()}
+
   def update(grads, opt_state, params, modes, lr, wd):
-    groups, tensors = split(grads), split(params)
-    norms = {g: optax.tree.norm(t) for g, t in groups.items()}
+    groups, tensors, norms = split(grads), split(params), norms_of(grads)
     groups = {g: _clipped(t, clip, clip_mode, _norm_of_training(norms, modes)) for g, t in groups.items()}
     new_params, new_state = {}, {}
     for g, old in opt_state.items():
@@ -118,7 +121,7 @@ def adamw(group_of: Callable[[str], str], *, clip: float = 0., clip_mode: str = 
     merged = jax.tree_util.tree_map_with_path(lambda path, p: new_params.get(leaf_name(path), p), params)
     return merged, new_state, norms
 
-  return Optimiser(init, update)
+  return Optimiser(init, update, norms_of)
 
 
 def _norm_of_training(norms, modes):

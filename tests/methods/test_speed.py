@@ -8,7 +8,7 @@ import pytest
 
 from tests.e2e import tiny
 from tests.methods.test_unimiss_plus import rows
-from unimiss_jax import models
+from unimiss_jax import models, step
 from unimiss_jax.methods import base
 from unimiss_jax.optim import named_leaves
 
@@ -62,3 +62,12 @@ def test_what_is_computed_again_is_the_same(remat):
 def test_an_unknown_remat_is_refused():
   with pytest.raises(ValueError, match="model.remat='half' unknown: use one of '', 'convs', 'blocks', 'all'"):
     models.param_shapes(models.build(tiny.config(**{'model.remat': 'half'}).model))
+
+
+@pytest.mark.parametrize('go', [True, False])
+def test_a_step_gated_by_a_branch_is_one_gated_by_a_choice(go):
+  old = {'w': np.arange(6, dtype=np.float32), 'count': np.int32(3)}
+  move = lambda s: {'w': 2 * s['w'], 'count': s['count'] + 1}
+  branch, choice = (jax.jit(lambda go, old, b=b: step.gated(go, move, old, b))(go, old) for b in (True, False))
+  jax.tree.map(np.testing.assert_array_equal, branch, choice)
+  jax.tree.map(np.testing.assert_array_equal, branch, move(old) if go else old)

@@ -73,10 +73,10 @@ class Run:
 
     def recorded(state, batch, modes):
       seen = []
-      update = lambda grads, *rest: (seen.append(grads), self.optimiser.update(grads, *rest))[1]
+      norms = lambda grads: (seen.append(grads), self.optimiser.norms(grads))[1]
       given = self.method.phases[phase]._replace(update=lambda group, step: modes[group])
       f = step.make_step(self.config, self.method._replace(phases={phase: given}),
-                         self.optimiser._replace(update=update), phase, mesh)
+                         self.optimiser._replace(norms=norms), phase, mesh)
       return (*f(state, batch), seen[0])
     return jax.jit(recorded)
 
