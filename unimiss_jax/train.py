@@ -1,9 +1,8 @@
 """The loop: pre-training of any method. It knows no method by name.
 
 Order in a step: remember the stream positions, dispatch the step, draw the next batch and bring it to the devices
-while they work, read what the step before said, log it; evaluate and save where it is time to, after the devices are
-done. A checkpoint holds the state after step n and the positions after the batch of step n, so a resumed run takes the
-same batches and draws the same random numbers.
+while they work, wait, log, evaluate, save. A checkpoint holds the state after step n and the positions after the batch
+of step n, so a resumed run takes the same batches and draws the same random numbers.
 """
 import contextlib
 import ctypes
@@ -223,27 +222,23 @@ class Run:
     processes.meet('compiled')
     trim_memory()
     fetcher = futures.ThreadPoolExecutor(1)     # draws the next batch while the device works
-    batch, before = self.take(plan[start]) if start < total else None, None
+    batch = self.take(plan[start]) if start < total else None
     self.settled = time.monotonic()
     for i in range(start, start if over(start) else total):
       name, after = plan[i], i + 1
       positions = {n: s.position() for n, s in self.streams.items()}
       self.state, metrics = steps[name](self.state, batch)
       fetched = fetcher.submit(self.take, plan[after]) if after < total else None
+      jax.block_until_ready(metrics)
       with Stopwatch() as waiting:
         batch = fetched.result() if fetched else None
-      idle = waiting.seconds if metrics['train/skipped'].is_ready() else 0.      # of the devices, at most
-      if before:
-        self.settle(*before, logged)      # no more than two steps are on their way
-      before = i, name, metrics, idle
       watchdog.alive()
       last, asked = after == total, stop.asked(after)
       due = [last or every and after % every == 0
              for every in (config.eval.every, config.log.images_every, config.checkpoint.every)]
+      self.settle(i, name, metrics, waiting.seconds, {i} if last else logged)
       if not asked and not any(due):
         continue
-      self.settle(*before, {i} if last else logged)
-      before = None
       if due[0]:
         self.evaluate(after, positions)
         if not last and over(after):
@@ -277,11 +272,11 @@ class Run:
     rows = {s: self.streams[s].next() for s in self.method.phases[phase].streams}
     return sharding.to_devices(rows, self.mesh)
 
-  def settle(self, i, phase, metrics, idle, logged):
-    """Waits for step i, and tells what is to be told of it."""
+  def settle(self, i, phase, metrics, waited, logged):
+    """Counts step i, and tells what is to be told of it."""
     skipped, began = int(metrics['train/skipped']), self.settled
     self.settled = time.monotonic()
-    self.progress.add(phase, self.method.phases[phase].streams, idle, self.settled - began)
+    self.progress.add(phase, self.method.phases[phase].streams, waited, self.settled - began)
     if skipped or i in logged:
       self.checkpoints.check()
       self.log(i, phase, metrics)
