@@ -64,6 +64,12 @@ def part_of(name: str) -> str:
   return 'head' if part != 'backbone' else 'encoder' if rest.startswith('transformer/') else 'decoder'
 
 
+def encoder_hash(given: dict) -> str:
+  """`weights.digest` of the tensors of the encoder, that of embed; '' where there are none."""
+  encoder = {n: x for n, x in given.items() if part_of(n) == 'encoder'}
+  return weights.digest(encoder) if encoder else ''
+
+
 def merge(params, given: dict):
   """`params` with the tensors of `given` in their places, in the dtype of the place."""
   return jax.tree_util.tree_map_with_path(

@@ -25,7 +25,6 @@ from unimiss_jax import (
     sharding,
     step,
     validate,
-    weights,
     workdir,
 )
 from unimiss_jax.best import Best
@@ -155,7 +154,7 @@ class Run:
         processes.together(lambda: files.check_there(config.init_from))
       given = init_from.read(config, abstract.params) if config.init_from else {}
       self.loaded = {'loaded': [len(given), len(jax.tree.leaves(abstract.params))],
-                     'weights_hash': weights.digest(given) if given else ''}
+                     'weights_hash': init_from.encoder_hash(given)}
       self.state = jax.jit(init, out_shardings=placed)(key, given)
     else:
       state, meta = restored
