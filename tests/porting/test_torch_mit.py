@@ -56,7 +56,7 @@ def test_names_and_shapes_are_the_released_ones(names, size):
 def test_the_fields_are_those_of_the_flax_module():
   fields = vars(torch_mit.Arch())
   assert fields == {name: getattr(MiTPlus, name) for name in fields}
-  training = {'encoder_drop_path', 'decoder_drop_path', 'init', 'dtype', 'parent', 'name'}
+  training = {'encoder_drop_path', 'decoder_drop_path', 'init', 'dtype', 'remat', 'fold', 'parent', 'name'}
   assert set(MiTPlus.__dataclass_fields__) - training == set(fields)
 
 

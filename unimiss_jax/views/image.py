@@ -35,7 +35,8 @@ def crop_resize(image, start, size, flip, out, kind: str):
     image, start = image[low[0]:high[0], low[1]:high[1]], start - low
   rows, cols = (matrices.resize(kind, start[i], size[i], image.shape[i], out[i], flip[i]) for i in range(2))
   white = np.iinfo(image.dtype).max if np.issubdtype(image.dtype, np.integer) else 1
-  x = matrices.right(image.astype(np.float32), cols / np.float32(white))
+  x = image.astype(np.float32) / np.float32(white)    # first: 8 bits, stored as 16, give the very same numbers
+  x = matrices.right(x, cols)
   return xp.clip(matrices.left(rows, xp.clip(x, 0, 1)), 0, 1)    # Pillow: columns first, overshoot cut after each
 
 
