@@ -3,10 +3,12 @@
 The batch is split over both axes, large tensors over 'fsdp', everything else is replicated.
 Axes are Auto: the compiler places the collectives.
 """
+import logging
 import math
 import re
 
 import jax
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -19,6 +21,9 @@ SMALL = 2 ** 16     # numbers; below this a tensor is not worth splitting (chose
 def make_mesh(data: int, fsdp: int, devices=None) -> jax.sharding.Mesh:
   """Mesh of data x fsdp devices; -1 (one of the two) fills with what is left.
 
+  Of several slices (TPU pods, GPU hosts) each is one block of the 'data' axis: only sums of gradients cross the slow
+  network between them.
+
   Raises:
     ValueError: data * fsdp is not the number of devices.
   """
@@ -27,7 +32,24 @@ def make_mesh(data: int, fsdp: int, devices=None) -> jax.sharding.Mesh:
   sizes = [n // -(data * fsdp) if s == -1 else s for s in (data, fsdp)]
   if (data, fsdp).count(-1) > 1 or min(sizes) < 1 or sizes[0] * sizes[1] != n:
     raise ValueError(f'mesh of {data} x {fsdp} does not fit {n} devices')
-  return jax.make_mesh(tuple(sizes), AXES, axis_types=(AxisType.Auto,) * 2, devices=devices)
+  auto = (AxisType.Auto,) * 2
+  if (slices := count_slices(devices)) == 1:
+    return jax.make_mesh(tuple(sizes), AXES, axis_types=auto, devices=devices)
+  return jax.sharding.Mesh(over_slices(*sizes, slices, devices), AXES, axis_types=auto)
+
+
+def count_slices(devices) -> int:
+  """Groups of devices with a fast network of their own."""
+  return len({getattr(d, 'slice_index', 0) for d in devices})
+
+
+def over_slices(data: int, fsdp: int, slices: int, devices):
+  """[data, fsdp] devices, 'fsdp' within a slice where the sizes allow it."""
+  if data % slices:
+    logging.warning('WARN mesh of %d x %d over %d slices: tensors are gathered over the network between slices. '
+                    'FIX: make mesh.data a multiple of %d', data, fsdp, slices, slices)
+    return mesh_utils.create_device_mesh((data, fsdp), devices)
+  return mesh_utils.create_hybrid_device_mesh((data // slices, fsdp), (slices, 1), devices)
 
 
 def fsdp(x, mesh) -> P:
