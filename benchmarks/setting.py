@@ -32,16 +32,16 @@ def batches(config) -> dict:
 
 
 class Ours:
-  """State and compiled steps. `start` makes the state of the timed epoch."""
+  """State and compiled steps on a mesh of data x fsdp devices. `start` makes the state of the timed epoch."""
 
-  def __init__(self, config):
+  def __init__(self, config, data: int = 1, fsdp: int = 1):
     self.config = config
     records = config.batch.ct * STEPS_PER_EPOCH
     self.method = base.make(config, {'ct': (records, {}), 'xray': (records, {})})
     o = config.optim
     self.optimiser = optim.adamw(self.method.groups, clip=o.clip, clip_mode=o.clip_mode, eps=o.eps,
                                  rate=self.method.rate)
-    self.mesh = sharding.make_mesh(1, 1, jax.devices()[:1])
+    self.mesh = sharding.make_mesh(data, fsdp, jax.devices()[:data * fsdp])
     self.init = step.make_init(config, self.method, self.optimiser)
     self.key = jax.random.key(config.seed)
     abstract = jax.eval_shape(self.init, self.key, {})

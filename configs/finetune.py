@@ -55,6 +55,12 @@ def base(kind: str, dims: int) -> ConfigDict:
       ce_weight=1., dice_weight=1.,
       dice='soft',                # soft | hard_no_grad: of thresholded predictions (released code of JSRT)
       foreground=1 / 3,           # seg 3D: share of patches round a voxel of a class
+      rotate=(0., 0., 0.),        # degrees, +- about the axes z, y, x; of pictures the first
+      shear=0.,                   # degrees, +-, of rows along x
+      warp_p=1.,                  # share of the views that are turned and sheared
+      elastic=(0., 0.),           # amplitude of a smooth deformation, as batchgenerators' alpha
+      elastic_sigma=(9., 13.),    # its width in pixels
+      elastic_p=0.,               # share of the views that are deformed
       spacing_mm=(0., 0., 0.),    # (z, y, x) that volumes are resampled to; 0 = as they are
       clip=(0., 0.),              # HU (or grey values of [0, 1]) outside of it are cut; equal = off
       normalise=(0., 0.),         # (mean, std) in HU or grey values; std 0 = HU / 1024, grey values as they are
@@ -114,9 +120,10 @@ def phantom(c: ConfigDict) -> None:
 
 def ricord(c: ConfigDict, quirks: bool) -> None:
   """RICORD 1A against 1B; 194 / 52 / 84 scans of 137 / 45 / 45 patients in the released lists, which are not shipped.
-  Not reproduced: elastic deformation and rotation of the released augmentation, decay of biases and norms."""
+  Not reproduced: cubic interpolation (ours is linear), low resolution simulation, decay of biases and norms."""
   c.task.update(dict(classes=('class_0', 'class_1'), exclusive=True, features='both', spacing_mm=(2., 2., 2.),
-                     clip=(-1024., 325.), normalise=(158.58, 324.70), test_view='whole', epoch_steps=73))
+                     clip=(-1024., 325.), normalise=(158.58, 324.70), test_view='whole', epoch_steps=73,
+                     rotate=(15., 15., 15.), warp_p=0.2, elastic=(0., 900.), elastic_p=0.2))
   c.views.ct.update(dict(size=(64, 128, 128), extent='record', scale=(0.6, 1.0), flip_p=0.5,
                          pad_hu=0 if quirks else -1024))
   c.steps, c.epochs, c.eval.every = 200 * 73, 0, 73     # 582 samples an "epoch"
@@ -129,9 +136,9 @@ def ricord(c: ConfigDict, quirks: bool) -> None:
 
 def chestxr(c: ConfigDict, quirks: bool) -> None:
   """CXR-Covid (ChestXR): covid, normal, pneumonia; 17,958 training and 3,432 test images; no validation set.
-  Not reproduced: rotation by up to 7 degrees, decay of biases and norms."""
+  Turned views are made by area means, the others bicubic. Not reproduced: decay of biases and norms."""
   c.task.update(dict(classes=('class_1', 'class_2', 'class_3'), exclusive=True, features='cls',
-                     normalise=(0.5056, 0.252), test_view='tencrop', epoch_steps=17_958 // 32))
+                     normalise=(0.5056, 0.252), test_view='tencrop', rotate=(7., 0., 0.), epoch_steps=17_958 // 32))
   c.views.xray.update(dict(size=224, scale=(0.08, 1.0), resize='bicubic', flip_p=0.5, updown_p=0.5, jitter_p=0.,
                            blur_p=(0., 0.)))
   c.steps, c.epochs, c.eval.select = 0, 30, ''
@@ -143,9 +150,9 @@ def chestxr(c: ConfigDict, quirks: bool) -> None:
 def jsrt(c: ConfigDict, quirks: bool) -> None:
   """JSRT with SCR masks: clavicles, heart, lungs; odd ids train (124), even ids test (123); no validation set.
   One mask an image: where structures overlap, give it a value of its own and list it for each (task.mask_values).
-  Not reproduced: rotation, shift and shear of the released augmentation, decay of biases and norms."""
+  Not reproduced: vertical shift beyond that of the crop, decay of biases and norms."""
   c.task.update(dict(classes=('clavicle', 'heart', 'lung'), exclusive=False, deep_supervision=False, epoch_steps=50,
-                     dice='hard_no_grad' if quirks else 'soft'))
+                     dice='hard_no_grad' if quirks else 'soft', rotate=(10., 0., 0.), shear=5.73))
   c.views.xray.update(dict(size=224, scale=(0.77, 1.0), flip_p=0.5, updown_p=0.5, jitter_p=0., blur_p=(0., 0.)))
   c.model.cls_token = False
   c.steps, c.epochs, c.eval.select = 10_000, 0, ''
@@ -156,12 +163,12 @@ def jsrt(c: ConfigDict, quirks: bool) -> None:
 
 def bcv(c: ConfigDict, quirks: bool) -> None:
   """13 abdominal organs of BCV; the authors' split is not released. The decoder starts anew, as in their code.
-  Not reproduced: the rotations of its augmentation, decay of biases and norms; spacing and patch come from your own
-  plan."""
+  Not reproduced: decay of biases and norms; spacing and patch come from your own plan."""
   c.task.update(dict(classes=('spleen', 'right kidney', 'left kidney', 'gallbladder', 'esophagus', 'liver', 'stomach',
                               'aorta', 'vena cava', 'portal and splenic veins', 'pancreas', 'right adrenal',
                               'left adrenal'),
-                     exclusive=True, overlap=0.7, mirror=True, foreground=1 / 3, epoch_steps=250))
+                     exclusive=True, overlap=0.7, mirror=True, foreground=1 / 3, epoch_steps=250,
+                     rotate=(30., 30., 30.), warp_p=0.2))
   c.views.ct.update(dict(size=(48, 192, 192), scale=(0.7, 1.4), flip_p=0.5))
   c.model.update(dict(cls_token=False, volume_size=(48, 192, 192), decoder_drop_path=0.))
   c.steps, c.eval.every = 100 * 250, 250

@@ -8,7 +8,7 @@ from etils import epath
 from PIL import Image
 
 from data_pipelines import draw, labelled, nifti, sample, windows
-from unimiss_jax.views import image, matrices, volume
+from unimiss_jax.views import image, matrices, volume, warp
 
 
 def view(name: str, record: dict, config, rng) -> dict:
@@ -26,10 +26,12 @@ def view(name: str, record: dict, config, rng) -> dict:
   if name == 'ct':
     shape = record['volume'].shape[-3:]
     params = draw.ct_view(rng, config, shape, _focus(rng, record, config.task))['ct']
+    params = draw.warped(rng, config.task, params, config.views.ct.size, record['spacing_mm'])
     made = _volumes(record, params, config)
   else:
     shape = record['image'].shape
     params = draw.xray_view(rng, config, shape)['xray']
+    params = draw.warped(rng, config.task, params, (config.views.xray.size,) * 2, (1., 1.))
     made = pictures(record, params, config)
   if config.task.kind == 'cls':
     return {name: made, 'label': record['label']}
@@ -38,6 +40,8 @@ def view(name: str, record: dict, config, rng) -> dict:
 
 def cut(mask: np.ndarray, params: dict, size) -> np.ndarray:
   """The box of a mask [*S, ...] as a view of `size` shows it: the label at the centre of each pixel, 0 outside."""
+  if 'grid' in params:
+    return warp.labels(mask, params, size)
   for axis, m in enumerate(size):
     at = matrices.nearest(params['box_start'][axis], params['box_size'][axis], mask.shape[axis], m,
                           params['flip'][axis])

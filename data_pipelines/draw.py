@@ -13,6 +13,7 @@ import math
 import numpy as np
 
 from unimiss_jax.drr import geometry
+from unimiss_jax.views import warp
 
 ATTEMPTS = 10    # of a random-resized crop, before the largest allowed central one is taken
 
@@ -75,6 +76,30 @@ def ct_view(rng, config, shape, focus=None) -> dict:
 def xray_view(rng, config, shape) -> dict:
   """One view of a radiograph `[H, W]`, for a record with labels: the first of a pair."""
   return {'xray': {name: values[:1] for name, values in _pictures(rng, config.views.xray, shape).items()}}
+
+
+def warped(rng, task, params, size, spacing_mm) -> dict:
+  """The parameters of one view with a `grid` where one is drawn: turned and sheared in millimetres, deformed in pixels.
+
+  Args:
+    task: the leaves rotate, shear, warp_p, elastic, elastic_sigma, elastic_p.
+    params: of one view, as ct_view or xray_view give them.
+    size: of the view.
+    spacing_mm: of the record, along its axes.
+  """
+  n, matrix, field = len(size), np.eye(len(size)), 0.
+  if any(task.rotate[:2 * n - 3]) or task.shear:
+    angles, shear = rng.uniform(-1, 1, 2 * n - 3) * task.rotate[:2 * n - 3], rng.uniform(-1, 1) * task.shear
+    if rng.random() < task.warp_p:
+      turn = warp.rotation(angles)
+      turn[-2, -1] += math.tan(math.radians(shear))
+      pixel = params['box_size'][0] * spacing_mm / size      # mm
+      matrix = turn * pixel / pixel[:, None]
+  if task.elastic_p and rng.random() < task.elastic_p:
+    field = warp.elastic(rng, size, rng.uniform(*task.elastic), rng.uniform(*task.elastic_sigma))
+  if np.array_equal(matrix, np.eye(n)) and np.isscalar(field):
+    return params
+  return params | {'grid': warp.grid(matrix, size, field)[None]}
 
 
 def xray_whole(shape) -> dict:

@@ -8,7 +8,7 @@ jax out.
 import numpy as np
 
 from unimiss_jax.drr.geometry import array_namespace
-from unimiss_jax.views import matrices
+from unimiss_jax.views import matrices, warp
 from unimiss_jax.views.volume import noise
 
 BLUR_RADIUS = 11    # kernel 23, whatever sigma is
@@ -19,10 +19,13 @@ def view(image, params, cfg):
 
   Args:
     image: uint8, uint16 (full range = 1) or floats in [0, 1].
-    params: of one view: box_start, box_size `[2]` in pixels, flip `[2]`, and those of `photometric`.
+    params: of one view: box_start, box_size `[2]` in pixels, flip `[2]`, and those of `photometric`;
+      perhaps a `grid` of warp.py.
     cfg: the leaves views.xray (size, resize).
   """
-  x = crop_resize(image, params['box_start'], params['box_size'], params['flip'], (cfg.size, cfg.size), cfg.resize)
+  kind = 'area' if 'grid' in params and cfg.resize == 'bicubic' else cfg.resize    # its box is no whole pixels
+  cut = lambda start, size, out: crop_resize(image, start, size, params['flip'], out, kind)
+  x = warp.view(cut, params, (cfg.size, cfg.size))
   return photometric(x, params)
 
 

@@ -7,7 +7,7 @@ HU / 1024, or of MR z-scores, stored as 1024 z. numpy in, numpy out; jax in, jax
 import numpy as np
 
 from unimiss_jax.drr.geometry import array_namespace
-from unimiss_jax.views import matrices
+from unimiss_jax.views import matrices, warp
 
 SCALE = 1024.                # HU, or stored number, per unit of intensity
 HU_RANGE = -1024, 3071       # 12 bits: what lies outside is padding or metal
@@ -22,14 +22,14 @@ def view(volume, params, cfg, pad=None, shape=None):
     params: of one view, as `data_pipelines.draw` makes them:
       box_start, box_size `[3]` in voxels (what lies outside the volume is cfg.pad_hu), flip `[3]`,
       noise_std, noise_key `[2]` uint32, and per output slice `[D]`: blur_sigma, mul, add, contrast, gamma,
-      whose neutral values are 0, 1, 0, 1, 1.
+      whose neutral values are 0, 1, 0, 1, 1; perhaps a `grid` of warp.py.
     cfg: the leaves views.ct (size, resize, pad_hu, aug_unit, gamma_stats, blur_sigma).
     pad: what lies outside of a volume of z-scores; None: the volume is HU.
     shape: as of `crop_resize`.
   """
   pad, limits = (cfg.pad_hu, HU_RANGE) if pad is None else (pad, None)
-  x = crop_resize(volume, params['box_start'], params['box_size'], params['flip'], cfg.size, cfg.resize, pad, limits,
-                  shape)
+  cut = lambda start, size, out: crop_resize(volume, start, size, params['flip'], out, cfg.resize, pad, limits, shape)
+  x = warp.view(cut, params, cfg.size)
   x = noise(x, params['noise_std'], params['noise_key'])
   x = blur(x, params['blur_sigma'], cfg.blur_sigma[1])
   x = x * _column(params['mul'])
