@@ -27,7 +27,7 @@ WIDTH = {'pred': 1, 's8': 1, 'u8': 1, 'bf16': 2, 'f16': 2, 's16': 2, 'u16': 2, '
          's64': 8, 'u64': 8}
 CALL = re.compile(rf'= (.*?) ({"|".join(KINDS)})(?:-start)?\((.*)$')
 ARRAY = re.compile(r'(\w+)\[([\d,]*)\]')
-GROUP = re.compile(r'replica_groups=(?:\{\{([\d,]*)\}|\[\d+,(\d+)\]<=)')
+GROUP = re.compile(r"replica_groups=(?:\{\{([\d,]*)\}|\[\d+,(\d+)\]<=|mesh\[(.*?)\] \{(.*?)\})")
 
 
 def collectives(text: str, devices: int) -> dict[str, dict]:
@@ -37,8 +37,7 @@ def collectives(text: str, devices: int) -> dict[str, dict]:
     if call := CALL.search(line):
       shape, kind, rest = call.groups()
       n = sum(WIDTH[t] * math.prod(int(d) for d in dims.split(',') if d) for t, dims in ARRAY.findall(shape))
-      group = GROUP.search(rest)
-      d = devices if not group else int(group.group(2)) if group.group(2) else len(group.group(1).split(',')) or devices
+      d = members(rest) or devices
       share = (d - 1) / d
       sent = {'all-reduce': 2 * share, 'all-gather': share, 'reduce-scatter': d - 1, 'all-to-all': share,
               'collective-permute': 1}[kind]      # a reduce-scatter's result is the d-th part
@@ -47,6 +46,17 @@ def collectives(text: str, devices: int) -> dict[str, dict]:
       row['mib'] += n / MIB
       row['sent_mib'] += n * sent / MIB
   return found
+
+
+def members(text: str) -> int:
+  """Devices of a group of a collective, in any of the three ways in which a program writes it; 0 = all."""
+  if not (found := GROUP.search(text)):
+    return 0
+  ids, count, mesh, axes = found.groups()
+  if mesh is None:
+    return int(count or 0) or (len(ids.split(',')) if ids else 0)
+  sizes = dict(re.findall(r"'(\w+)'=(\d+)", mesh))
+  return math.prod(int(sizes[a]) for a in re.findall(r"'(\w+)'", axes))
 
 
 def measure(preset: str, data: int, fsdp: int, rows: int) -> dict:

@@ -4,6 +4,7 @@ import time
 
 import numpy as np
 
+POLL_S = .0005
 FORECAST = 20      # steps until it is told what the run will take
 
 
@@ -97,3 +98,22 @@ class Stopwatch:
 
   def __exit__(self, *_):
     self.seconds = time.monotonic() - self._began
+
+
+def logged_steps(plan, every: int) -> set[int]:
+  """In each block of `every` steps the first step of each phase: a pure function of the step, so a resumed run
+  logs what an undisturbed one does."""
+  seen, out = set(), set()
+  for i, phase in enumerate(plan):
+    if i % every == 0:
+      seen = set()
+    if phase not in seen:
+      seen.add(phase)
+      out.add(i)
+  return out
+
+
+def idle(fetched, metrics) -> None:
+  """Until the next batch is there, or the devices have nothing to do: what is waited after it is for data."""
+  while not fetched.done() and not metrics['train/skipped'].is_ready():
+    time.sleep(POLL_S)

@@ -1,13 +1,13 @@
 """The loop: pre-training of any method. It knows no method by name.
 
 Order in a step: remember the stream positions, dispatch the step, draw the next batch and bring it to the devices
-while they work, wait, log, evaluate, save. A checkpoint holds the state after step n and the positions after the batch
-of step n, so a resumed run takes the same batches and draws the same random numbers.
+while they work, wait, log, evaluate, save. Accelerators get the next step while they work on one, unless there is
+something to evaluate or to save. A checkpoint holds the state after step n and the positions after the batch of step n,
+so a resumed run takes the same batches and draws the same random numbers.
 """
+import collections
 import contextlib
-import ctypes
 import logging
-import sys
 import time
 from concurrent import futures
 
@@ -33,12 +33,14 @@ from unimiss_jax.methods import base
 from unimiss_jax.mirror import Mirror
 from unimiss_jax.observer import Observer
 from unimiss_jax.optim import adamw
-from unimiss_jax.progress import Progress, Stopwatch, clock
+from unimiss_jax.progress import Progress, Stopwatch, clock, idle, logged_steps
 from unimiss_jax.report import summary
 from unimiss_jax.state import own, parameters
 from unimiss_jax.watchdog import Watchdog
 from unimiss_jax.writers import EVAL, Writer
 
+AHEAD = {'cpu': 0}    # steps that are worked on when the next one is dispatched, else 1; two on CPU may starve each
+                      # other's collectives of threads
 STORES = ('gs://',)      # where orbax writes, beside local folders
 
 
@@ -208,7 +210,7 @@ class Run:
     plan = [self.method.schedule(i)[0] for i in range(total)]
     names = tuple(self.method.phases)
     self.progress = Progress(np.array([names.index(p) for p in plan], int), names)
-    logged = logged_steps(plan, config.log.every)
+    logged = logged_steps(plan, config.log.every) | {total - 1}
     processes.meet('evaluation set')
     if start == 0:
       if 'task' in config and config.task.probe_first:
@@ -219,24 +221,32 @@ class Run:
     self.flops = {n: c.flops for n, c in costs.items()}
     logging.info('a step of %s', preflight.told(costs))
     processes.meet('compiled')
-    trim_memory()
+    preflight.trim_memory()
     fetcher = futures.ThreadPoolExecutor(1)     # draws the next batch while the device works
     batch = self.take(plan[start]) if start < total else None
+    ahead = AHEAD.get(jax.default_backend(), 1)
+    running = collections.deque()
     self.settled = time.monotonic()
     for i in range(start, start if over(start) else total):
       name, after = plan[i], i + 1
       positions = {n: s.position() for n, s in self.streams.items()}
       self.state, metrics = steps[name](self.state, batch)
       fetched = fetcher.submit(self.take, plan[after]) if after < total else None
-      jax.block_until_ready(metrics)
+      if not ahead:
+        jax.block_until_ready(metrics)
+      elif fetched:
+        idle(fetched, metrics)
       with Stopwatch() as waiting:
         batch = fetched.result() if fetched else None
+      running.append((i, name, metrics, waiting.seconds))
       watchdog.alive()
       last, asked = after == total, stop.asked(after)
       due = [last or every and after % every == 0
              for every in (config.eval.every, config.log.images_every, config.checkpoint.every)]
-      self.settle(i, name, metrics, waiting.seconds, {i} if last else logged)
-      if not asked and not any(due):
+      event = asked or any(due)
+      while len(running) > (0 if event else ahead):
+        self.settle(*running.popleft(), logged)
+      if not event:
         continue
       if due[0]:
         self.evaluate(after, positions)
@@ -381,23 +391,3 @@ class Run:
         stack.callback(stream.close)
       if self.writer:
         stack.callback(self.writer.close)
-
-
-def trim_memory() -> None:
-  """Gives freed memory back to the system, where glibc can: compiling leaves it gigabytes that nothing uses again."""
-  trim = getattr(ctypes.CDLL(None), 'malloc_trim', None) if sys.platform == 'linux' else None
-  if trim:
-    trim(0)
-
-
-def logged_steps(plan, every: int) -> set[int]:
-  """In each block of `every` steps the first step of each phase: a pure function of the step, so a resumed run
-  logs what an undisturbed one does."""
-  seen, out = set(), set()
-  for i, phase in enumerate(plan):
-    if i % every == 0:
-      seen = set()
-    if phase not in seen:
-      seen.add(phase)
-      out.add(i)
-  return out

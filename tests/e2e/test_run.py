@@ -72,6 +72,13 @@ def test_stopped_by_a_signal_and_continued_equals_undisturbed(undisturbed, tmp_p
   assert got == want
 
 
+def test_steps_that_nothing_waits_for_are_the_same(undisturbed, tmp_path, monkeypatch):
+  """As on accelerators: the next step is dispatched while one runs; rows are told a step later, not otherwise."""
+  monkeypatch.setattr(train, 'AHEAD', {})
+  assert train.train_and_evaluate(tiny.config(), str(tmp_path)) == 0
+  assert tiny.metrics(tmp_path) == tiny.metrics(undisturbed)
+
+
 def test_another_config_is_refused_and_the_keys_are_listed(undisturbed):
   with pytest.raises(ConfigError, match=r'another config: optim.lr 0.002 -> 0.5. FIX: use a new --workdir'):
     train.train_and_evaluate(tiny.config(**{'optim.lr': .5}), str(undisturbed))
