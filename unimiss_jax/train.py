@@ -331,7 +331,8 @@ class Run:
     with Stopwatch() as watch:
       values = self.observer.scores(self.state, at)
     if self.main:
-      self.writer.write_scalars(at, values, EVAL)
+      cost = {'perf/seconds': time.monotonic() - self.began, 'perf/cpu_seconds': time.process_time()}
+      self.writer.write_scalars(at, values | cost, EVAL)
     short = {k: v for k, v in values.items() if k.count('/') == 1}
     logging.info('eval step %d on %s (%s): %s', at, self.observer.evalset.name, clock(watch.seconds),
                  ', '.join(f'{k[5:]} {v:.3f}' for k, v in short.items()))

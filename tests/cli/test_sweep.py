@@ -323,6 +323,11 @@ GRIDS = {
 }
 '''
 
+TOY = '''
+def get_config(arg=None):
+  return {'broken': False, 'init_from': '', 'task': {'frozen': False}}
+'''
+
 
 @pytest.fixture
 def project(tmp_path, monkeypatch):
@@ -334,6 +339,7 @@ def project(tmp_path, monkeypatch):
            probability=np.array([[.1], [.6], [.4], [.9]]), truth=np.array([[0.], [0], [1], [1]]))
   (tmp_path / 'launch.env').write_text('SETTING="of launch.env"\n')
   (tmp_path / 'configs' / 'comparison.py').write_text(GRIDS)
+  (tmp_path / 'configs' / 'toy.py').write_text(TOY)
   return tmp_path
 
 

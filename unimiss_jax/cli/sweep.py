@@ -110,13 +110,14 @@ def plan(grids, out, given, common, seeds=(), fractions=()) -> list[Run]:
   """All runs, seed by seed, so that the first rows to compare are there early.
 
   Args:
-    grids: {name: {'config', 'rows': {row: {leaf: value}}, 'base', 'seeds', 'fractions'}}; without fractions the leaf
-      data.label_fraction is left alone.
+    grids: {name: {'config', 'rows': {row: {leaf: value}}, 'base', 'seeds', 'fractions', 'table'}}; without fractions
+      the leaf data.label_fraction is left alone; a row may name a `config` of its own.
     given: {placeholder: value}; rows with an empty one are left out, with a line.
     common: {leaf: text} for all runs. seeds, fractions: in place of those of the grids.
   """
   runs = []
   for name, grid in grids.items():
+    check_rows(name, grid)
     shares = fractions or grid.get('fractions', ())
     rows = {}
     for row, leaves in grid['rows'].items():
@@ -133,9 +134,36 @@ def plan(grids, out, given, common, seeds=(), fractions=()) -> list[Run]:
         for row, leaves in rows.items():
           leaves = {k: v.replace('{seed}', str(seed)) for k, v in leaves.items()}
           share = {'data.label_fraction': f'{fraction:g}'} if shares else {}
-          runs.append(Run(name, row, fraction, seed, grid['config'], common | leaves | share | {'seed': str(seed)},
+          config = leaves.pop('config', grid['config'])
+          runs.append(Run(name, row, fraction, seed, config, common | leaves | share | {'seed': str(seed)},
                           pathlib.Path(results.place(pathlib.Path(out) / name, row, fraction, seed))))
   return runs
+
+
+def check_rows(name, grid) -> None:
+  """Raises SweepError for a row that is the base row under another name, or that sets what its config has not."""
+  base = {k: str(v) for k, v in grid['rows'][grid['base']].items()}
+  for row, leaves in grid['rows'].items():
+    config = preset(leaves.get('config', grid['config']))
+    try:
+      changed = {k for k, v in leaves.items() if k != 'config' and base.get(k, str(_leaf(config, k))) != str(v)}
+      changed |= {k for k in base.keys() - leaves.keys() if str(_leaf(config, k)) != base[k]}
+    except (KeyError, AttributeError) as e:
+      raise SweepError(f'{name}: row {row} sets a leaf that {grid["config"]} has not: {e}') from e
+    if row != grid['base'] and not changed and 'config' not in leaves:
+      raise SweepError(f'{name}: row {row} changes nothing of {grid["base"]}: {", ".join(leaves)} are so already')
+
+
+def preset(setting: str):
+  """The config of FILE.py:preset."""
+  file, _, arg = setting.partition(':')
+  return module(file).get_config(arg or None)
+
+
+def _leaf(config, name: str):
+  for key in name.split('.'):
+    config = config[key]
+  return config
 
 
 def _hole(value) -> str:
@@ -267,7 +295,11 @@ def last_step(run: Run) -> int:
 
 
 def score(run: Run) -> str:
-  """'auroc 0.712' of a finished run."""
+  """'auroc 0.712' of a finished run, 'knn_auc_ct 0.712, ...' of a pre-training."""
+  if found := [r for r in summary.rows(run.folder) if r.get('phase') == 'eval']:
+    scores = {k: v for k, v in found[-1].items() if k in (*summary.KNN, *summary.RECALL)}
+    if scores:
+      return ', '.join(f'{k[5:]} {v:.3f}' for k, v in scores.items())
   try:
     scores = json.loads((run.folder / 'eval' / 'test.json').read_text())['scores']
     return ', '.join(f'{k} {v:.3f}' for k, v in scores.items() if '/' not in k)
@@ -311,11 +343,14 @@ class Board:
 
 def tables(grids, f) -> bool:
   """Writes and prints the table of every grid; whether none was refused."""
-  from unimiss_jax.report import comparison  # late: a usage error should not wait for scipy
+  from unimiss_jax.report import comparison, pretraining  # late: a usage error should not wait for scipy
   whole = True
   for name, grid in grids.items():
     folder = pathlib.Path(f.out) / name
     try:
+      if grid.get('table') == 'pretraining':
+        print('\n'.join(pretraining.write(folder, name, grid['rows'], grid['base'], f.draft)), flush=True)
+        continue
       parts = [results.read(folder, grid['rows'], grid['base'], fraction)
                for fraction in f.fractions or grid.get('fractions', (1.,))]
       print('\n'.join(comparison.write(folder, name, parts, f.draft)), flush=True)

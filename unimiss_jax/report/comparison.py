@@ -142,27 +142,27 @@ def markdown(title: str, tables, faults=()) -> str:
     if found:
       head = ['row', 'seeds', main, 'single values', f'difference to {runs.base} [95 %]', 's', 'CPU s',
               'tested step', 'loaded']
-      lines += _grid(head, [_cells(row, main) for row in found])
+      lines += grid_of(head, [_cells(row, main) for row in found])
       names = list(dict.fromkeys(k for row in found for k in row.scores))
       details += [f'### {heading}', '']
-      details += _grid(['score', *(row.name for row in found)],
-                       [[k, *(_spread(row.scores.get(k, ())) for row in found)] for k in names]) + ['']
+      details += grid_of(['score', *(row.name for row in found)],
+                       [[k, *(spread(row.scores.get(k, ())) for row in found)] for k in names]) + ['']
     lines += ['', *(f'- {line}' for line in runs.failed), *[''] * bool(runs.failed), *_notes(runs, found)]
   return '\n'.join(lines + [HOW, ''] + details)
 
 
-def _grid(head, body) -> list[str]:
+def grid_of(head, body) -> list[str]:
   return ['| ' + ' | '.join(cells) + ' |' for cells in (head, ['---'] * len(head), *body)]
 
 
 def _cells(row: Row, main: str) -> list[str]:
   values = row.scores.get(main, [])
   cost = [f'{row.cost[k]:.0f}' if k in row.cost else '' for k in ('seconds', 'cpu_seconds', 'step')]
-  return [row.name, str(len(row.seeds)), _spread(values), ' '.join(f'{v:.3f}' for v in values),
+  return [row.name, str(len(row.seeds)), spread(values), ' '.join(f'{v:.3f}' for v in values),
           '{:+.3f} [{:+.3f}, {:+.3f}]'.format(*row.difference) if row.difference else '', *cost, row.loaded]
 
 
-def _spread(values) -> str:
+def spread(values) -> str:
   """'mean ± sd'."""
   if not len(values):
     return ''

@@ -57,8 +57,11 @@ def place(folder, row: str, fraction: float, seed: int):
   return epath.Path(folder) / row / f'f{fraction:g}' / f's{seed}'
 
 
-def read(folder, leaves: dict, base: str, fraction: float) -> Runs:
+def read(folder, leaves: dict, base: str, fraction: float, load=None) -> Runs:
   """Every seed that lies below the folder of a grid, not only those asked for last: none is chosen.
+
+  Args:
+    load: folder of a finished run -> what stands for it in rows; None = a Result.
 
   Raises:
     ComparisonError: a run that says DONE has no test scores.
@@ -70,7 +73,7 @@ def read(folder, leaves: dict, base: str, fraction: float) -> Runs:
     for seed in seeds:
       run, found = runs / f's{seed}', out.rows.setdefault(row, {})
       if (run / 'DONE').exists():
-        found[seed] = _result(run)
+        found[seed] = (load or _result)(run)
       elif (run / 'FAILED').exists():
         out.failed.append((run / 'FAILED').read_text().strip())
       else:

@@ -1,0 +1,93 @@
+"""Ablations of pre-training: every row of a grid is the base row but for the leaves that it names.
+
+  python -m unimiss_jax.cli.sweep --grids=configs/ablations.py --grid=core --out=runs/ablations --jobs=2
+  python -m unimiss_jax.cli.sweep --grids=configs/ablations.py --grid=losses --out=runs/mine \
+      --config.data.ct=/data/ct --config.data.xray=/data/cxr
+
+The grids stand on the sizes and the trunk of preset phantom, so that a row takes minutes on a CPU; for another scale
+name its preset in the entry's place of PHANTOM. A row is one line, and one that changes nothing is refused. Rows are
+compared by the online evaluation of their last step: kNN, and retrieval of a CT by its DRR or X-ray.
+"""
+
+PHANTOM = 'configs/unimiss_plus.py:phantom'
+# All terms of preset plain beside the contrastive ones, at the sizes of preset phantom; 128 prototypes for 8 and 16
+# samples a step (thousands are too many). Slices of CT enter the 2-D branch, which wants 64 pixels.
+LARGER = {'views.ct.size': (16, 64, 64), 'model.volume_size': (16, 64, 64)}
+ALL_TERMS = LARGER | {'loss.ct': 1., 'loss.drr': .5, 'loss.slice': .1, 'loss.xray': 1., 'loss.recon_ct': 5.,
+             'loss.recon_drr': 5., 'loss.recon_xray': 5., 'head.out_dim': 128}
+NO_2D = {'phases.xray': 0, 'loss.drr': 0., 'loss.recon_drr': 0., 'loss.pair_nce': 0., 'loss.slice': 0.}
+
+
+def grid(rows: dict, base: str = 'base', config: str = PHANTOM, common: dict | None = None, seeds=(0, 1, 2)) -> dict:
+  """An entry; `common`: leaves of all rows, which a row may set otherwise."""
+  rows = {base: {}} | rows
+  return {'config': config, 'base': base, 'seeds': seeds, 'table': 'pretraining',
+          'rows': {name: (common or {}) | leaves for name, leaves in rows.items()}}
+
+
+def only(**terms) -> dict:
+  """The losses of these names and weights alone."""
+  names = ('ct', 'drr', 'slice', 'xray', 'recon_ct', 'recon_drr', 'recon_xray', 'nce', 'pair_nce')
+  return {f'loss.{n}': terms.get(n, 0.) for n in names}
+
+
+GRIDS = {
+    'core': grid({
+        'no_drr': {'loss.drr': 0., 'loss.recon_drr': 0., 'loss.pair_nce': 0.},
+        'no_slices': {'loss.slice': 0.},
+        'no_reconstruction': {'loss.recon_ct': 0., 'loss.recon_drr': 0., 'loss.recon_xray': 0.},
+        'only_2d': {'phases.ct': 0},
+        'only_3d': NO_2D,
+    }, 'unimiss_plus', common=ALL_TERMS),
+    'losses': grid({
+        **{f'no_{n}': {f'loss.{n}': 0.} for n in ('ct', 'drr', 'slice', 'xray', 'recon_ct', 'recon_drr', 'recon_xray',
+                                                  'nce', 'pair_nce')},
+        'distillation_only': only(ct=1., drr=.5, slice=.1, xray=1.),
+        'reconstruction_only': only(recon_ct=5., recon_drr=5., recon_xray=5.),
+        'contrast_only': only(nce=1., pair_nce=1.),
+        'weak_reconstruction': {'loss.recon_ct': .5, 'loss.recon_drr': .5, 'loss.recon_xray': .5},
+        'unimiss_on_mit_plus': only(ct=1., slice=.1, xray=1.),      # no DRR, no reconstruction
+    }, common=ALL_TERMS),
+    'slices': grid({
+        'every_slice': {'loss.slices': 1}, 'every_4th': {'loss.slices': 4},
+        'minmax': {'loss.slice_intensity': 'minmax'},
+    }, common=ALL_TERMS),
+    'drr': grid({
+        'axial': {'drr.view': 'axial'}, 'lateral': {'drr.view': 'lateral'},
+        'of_the_tile': {'drr.view': 'axial', 'drr.scope': 'subvolume'},
+        'bone_and_soft': {'drr.mu': 'bone_soft'}, 'minmax': {'drr.mu': 'minmax', 'drr.image': 'minmax'},
+        'transmission': {'drr.image': 'transmission'}, 'bspline': {'drr.kind': 'bspline'},
+        'tilted': {'drr.tilt_deg': 10., 'drr.source_jitter_mm': 100.},
+        'near': {'drr.sdd_mm': 1200., 'drr.sod_mm': 1000.}, 'paired_window': {'drr.paired_window': True},
+    }),
+    'schedule': grid({
+        'joint': {'phases.unit': 'joint'}, 'epochs_1_1': {'phases.unit': 'epoch'},
+        'epochs_2_2': {'phases.unit': 'epoch', 'phases.ct': 2, 'phases.xray': 2},
+        'three_ct_to_one_xray': {'phases.ct': 3},
+    }),
+    'batch': grid({
+        'half': {'batch.ct': 4, 'batch.xray': 8}, 'double': {'batch.ct': 16, 'batch.xray': 32},
+        'more_xrays': {'batch.xray': 64},
+    }),
+    'data': grid({
+        'quarter': {'data.phantom_records': 192}, 'double': {'data.phantom_records': 1536},
+    }),
+    'trunk': grid({
+        'no_residual': {'model.conv_residual': False},
+        'larger': LARGER, 'stride_2_last': LARGER | {'model.last_stride': 2},
+        'no_final_norm': {'model.final_norm': False}, 'released_init': {'model.init': 'released'},
+        'not_standardised': {'head.batch_standardize': False}, 'deeper': {'model.depths': (1, 2, 4, 2)},
+        'wider': {'model.embed_dims': (8, 16, 64, 128, 160, 160), 'model.decoder_dims': (160, 128, 64, 16, 8)},
+    }),
+    'released_quirks': grid({
+        'sequential_centre': {'loss.center_updates': 'sequential'}, 'no_freezing_of_3d': {'optim.freeze_3d': 'none'},
+        'zero_grad_freezing': {'optim.freeze_3d': 'zero_grad'}, 'clip_per_tensor': {'optim.clip_mode': 'per_tensor'},
+        'no_clip': {'optim.clip': 0.}, 'no_drop_path': {'model.decoder_drop_path': 0.},
+    }, common=ALL_TERMS),
+    'teacher': grid({
+        'momentum_099': {'ema.momentum': .99}, 'constant_momentum': {'ema.momentum_end': .996},
+        'cooler': {'loss.teacher_temp': .02, 'loss.warmup_teacher_temp': .02},
+        'warmed_up': {'loss.teacher_temp': .07, 'loss.teacher_temp_warmup': 3.},
+        'prototypes_2048': {'head.out_dim': 2048}, 'quick_centre': {'loss.center_momentum': .5},
+    }, common=ALL_TERMS),
+}
