@@ -33,6 +33,7 @@ class Machine(NamedTuple):
 
 MACHINES = (Machine('v5e-256', 256, 64, 197., 819., 200., 112),
             Machine('64 H100', 64, 8, 989., 3350., 50., 192))
+TILES, STEPS = 20_000, {'ct': 201 * (20_000 // CT_BATCH), 'xray': 50 * (20_000 // CT_BATCH)}      # of a run of pod
 
 
 def rates(m: Machine, phase: str, share: float) -> float:
@@ -50,6 +51,12 @@ def needs(m: Machine) -> list[str]:
                  f'{each * HOST_MS[phase, place] / 1e3:.1f} of {m.cores} | {each * RECORD_MB[phase] / 1e3:.2f} | '
                  f'{each * SHIPPED_MB[phase, place] / 1e3:.2f} |')
   return out
+
+
+def minutes(chips: int, tflops: float, share: float = .25) -> float:
+  """Of a run of preset pod on TILES, computing alone."""
+  flops = STEPS['ct'] * CT_BATCH * GFLOP['ct'] + STEPS['xray'] * XRAY_BATCH * GFLOP['xray']
+  return flops / (chips * tflops * 1e3 * share) / 60
 
 
 def efficiency(m: Machine) -> list[str]:
@@ -80,6 +87,9 @@ def main():
   print('\n| machine | phase | records a chip | compute, ms | sum of gradients, ms | update, ms | efficiency, nothing '
         'overlaps | sum hidden | GiB a chip, float32 |\n' + '| --- ' * 9 + '|')
   print('\n'.join(line for m in MACHINES for line in efficiency(m)))
+  print(f'\nminutes of computing for preset pod on {TILES:,} tiles, at 25 %: ' + ', '.join(
+      f'{name} {minutes(chips, tflops):.0f}' for name, chips, tflops in (
+          ('1 H100', 1, 989.), ('8 H100', 8, 989.), ('64 H100', 64, 989.), ('8 v5e', 8, 197.), ('256 v5e', 256, 197.))))
 
 
 if __name__ == '__main__':

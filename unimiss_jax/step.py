@@ -45,11 +45,14 @@ def make_step(config, method, optimiser, phase_name, mesh, finish=None):
   phase = method.phases[phase_name]
   lr, wd = schedules(config, method)
 
+  def whole_loss(params, extra, *rest):
+    return phase.loss(sharding.gathered(params, mesh), sharding.gathered(extra, mesh), *rest)
+
   def step_fn(state: TrainState, batch):
     batch = {name: finish[name](rows) for name, rows in batch.items()} if finish else batch
     step, extra = state.step, state.extra
     key = jax.random.fold_in(jax.random.key(config.seed), step)
-    loss, aux, grads = accumulate(phase.loss, state.params, extra, batch, key, step, config.optim.accum, mesh)
+    loss, aux, grads = accumulate(whole_loss, state.params, extra, batch, key, step, config.optim.accum, mesh)
     modes = {g: phase.update(g, step) for g in state.opt_state['groups']}
     norms = optimiser.norms(grads)
     finite = jnp.isfinite(loss) & jnp.isfinite(sum(norms.values()))
