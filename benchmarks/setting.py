@@ -38,9 +38,7 @@ class Ours:
     self.config = config
     records = config.batch.ct * STEPS_PER_EPOCH
     self.method = base.make(config, {'ct': (records, {}), 'xray': (records, {})})
-    o = config.optim
-    self.optimiser = optim.adamw(self.method.groups, clip=o.clip, clip_mode=o.clip_mode, eps=o.eps,
-                                 rate=self.method.rate)
+    self.optimiser = optim.of(config, self.method)
     self.mesh = sharding.make_mesh(data, fsdp, jax.devices()[:data * fsdp])
     self.init = step.make_init(config, self.method, self.optimiser)
     self.key = jax.random.key(config.seed)

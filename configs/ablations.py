@@ -84,6 +84,15 @@ GRIDS = {
         'zero_grad_freezing': {'optim.freeze_3d': 'zero_grad'}, 'clip_per_tensor': {'optim.clip_mode': 'per_tensor'},
         'no_clip': {'optim.clip': 0.}, 'no_drop_path': {'model.decoder_drop_path': 0.},
     }, common=ALL_TERMS),
+    'terms': grid({      # of preset phantom, one at a time
+        'koleo': {'extra_loss.koleo': .1}, 'tokens_do_not_decay': {'optim.decay_exclude': 'tokens'},
+        'self_distillation': {'loss.ct': 1., 'loss.drr': .5, 'loss.xray': 1., 'head.out_dim': 128},
+        'simdino': {'loss.ct': 1., 'loss.drr': .5, 'loss.xray': 1., 'extra_loss.coding_rate': .5},
+        'reconstruction': {'loss.recon_ct': 5., 'loss.recon_drr': 5., 'loss.recon_xray': 5.},
+        'masked_reconstruction': {'loss.recon_ct': 5., 'loss.recon_drr': 5., 'loss.recon_xray': 5.,
+                                  'extra_loss.mask_ratio': (.1, .6), 'extra_loss.mask_block': (4, 16, 16)},
+        'masked_input': {'extra_loss.mask_ratio': (.1, .6), 'extra_loss.mask_block': (4, 16, 16)},
+    }),
     'teacher': grid({
         'momentum_099': {'ema.momentum': .99}, 'constant_momentum': {'ema.momentum_end': .996},
         'cooler': {'loss.teacher_temp': .02, 'loss.warmup_teacher_temp': .02},

@@ -115,6 +115,7 @@ def base() -> ConfigDict:
       layer_decay=1.,                    # fine-tuning: rate of a step of the encoder over that of the next one
       eps=1e-8,                          # of AdamW
       weight_decay=0.04, weight_decay_end=0.4,
+      decay_exclude='1d',                # 1d: biases and norms do not decay | tokens: nor positions, class tokens | ''
       clip=0., clip_mode='global',       # global | per_tensor; 0 = off
       freeze_last_layer=2.,              # epochs
       freeze_3d='mask',                  # in X-ray phases: mask = skipped | zero_grad: AdamW drifts on | none

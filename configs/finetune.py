@@ -33,6 +33,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
     phantom(c)
   elif preset in PROTOCOLS:
     {'ricord': ricord, 'chestxr': chestxr, 'jsrt': jsrt, 'bcv': bcv}[preset](c, bool(given['quirks']))
+    c.optim.decay_exclude = ''      # everything decays
   return c.lock()
 
 
@@ -120,7 +121,7 @@ def phantom(c: ConfigDict) -> None:
 
 def ricord(c: ConfigDict, quirks: bool) -> None:
   """RICORD 1A against 1B; 194 / 52 / 84 scans of 137 / 45 / 45 patients in the released lists, which are not shipped.
-  Not reproduced: cubic interpolation (ours is linear), low resolution simulation, decay of biases and norms."""
+  Not reproduced: cubic interpolation (ours is linear), low resolution simulation."""
   c.task.update(dict(classes=('class_0', 'class_1'), exclusive=True, features='both', spacing_mm=(2., 2., 2.),
                      clip=(-1024., 325.), normalise=(158.58, 324.70), test_view='whole', epoch_steps=73,
                      rotate=(15., 15., 15.), warp_p=0.2, elastic=(0., 900.), elastic_p=0.2))
@@ -136,7 +137,7 @@ def ricord(c: ConfigDict, quirks: bool) -> None:
 
 def chestxr(c: ConfigDict, quirks: bool) -> None:
   """CXR-Covid (ChestXR): covid, normal, pneumonia; 17,958 training and 3,432 test images; no validation set.
-  Turned views are made by area means, the others bicubic. Not reproduced: decay of biases and norms."""
+  Turned views are made by area means, the others bicubic."""
   c.task.update(dict(classes=('class_1', 'class_2', 'class_3'), exclusive=True, features='cls',
                      normalise=(0.5056, 0.252), test_view='tencrop', rotate=(7., 0., 0.), epoch_steps=17_958 // 32))
   c.views.xray.update(dict(size=224, scale=(0.08, 1.0), resize='bicubic', flip_p=0.5, updown_p=0.5, jitter_p=0.,
@@ -150,7 +151,7 @@ def chestxr(c: ConfigDict, quirks: bool) -> None:
 def jsrt(c: ConfigDict, quirks: bool) -> None:
   """JSRT with SCR masks: clavicles, heart, lungs; odd ids train (124), even ids test (123); no validation set.
   One mask an image: where structures overlap, give it a value of its own and list it for each (task.mask_values).
-  Not reproduced: vertical shift beyond that of the crop, decay of biases and norms."""
+  Not reproduced: vertical shift beyond that of the crop."""
   c.task.update(dict(classes=('clavicle', 'heart', 'lung'), exclusive=False, deep_supervision=False, epoch_steps=50,
                      dice='hard_no_grad' if quirks else 'soft', rotate=(10., 0., 0.), shear=5.73))
   c.views.xray.update(dict(size=224, scale=(0.77, 1.0), flip_p=0.5, updown_p=0.5, jitter_p=0., blur_p=(0., 0.)))
@@ -163,7 +164,7 @@ def jsrt(c: ConfigDict, quirks: bool) -> None:
 
 def bcv(c: ConfigDict, quirks: bool) -> None:
   """13 abdominal organs of BCV; the authors' split is not released. The decoder starts anew, as in their code.
-  Not reproduced: decay of biases and norms; spacing and patch come from your own plan."""
+  Spacing and patch come from your own plan."""
   c.task.update(dict(classes=('spleen', 'right kidney', 'left kidney', 'gallbladder', 'esophagus', 'liver', 'stomach',
                               'aorta', 'vena cava', 'portal and splenic veins', 'pancreas', 'right adrenal',
                               'left adrenal'),

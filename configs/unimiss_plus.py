@@ -49,6 +49,12 @@ def plain() -> ConfigDict:
       recon_minmax_eps=1e-6,      # smallest range that a crop's min-max divides by
       shuffle_pairs=False,        # control: positives are other instances; nothing may be learned
   ))
+  c.extra_loss = ConfigDict(dict(     # none of them in the released code
+      koleo=0.,                   # spreads the embeddings of a batch; 0.1 in DINOv2
+      coding_rate=0.,             # > 0: distillation compares embeddings, as SimDINO with this weight; no prototypes
+      mask_ratio=(0., 0.),        # share of the blocks that are hidden from the student, U(lowest, highest) a view;
+      mask_block=(4, 32, 32),     # slices, pixels; reconstruction is judged by hidden blocks alone then
+  ))
   return c
 
 

@@ -133,3 +133,15 @@ def test_equals_torch_adamw():
     start.grad = (start + 0.1 * (i + 1)).detach()
     opt.step()
   np.testing.assert_allclose(run([TRAIN] * 4, 4)[-1][0]['a']['kernel'], start.detach().numpy(), rtol=1e-10)
+
+
+@pytest.mark.parametrize('exclude, decaying', [('1d', {'kernel', 'pos_embed2D', 'cls_tokens'}), ('tokens', {'kernel'}),
+                                               ('', {'kernel', 'pos_embed2D', 'cls_tokens', 'bias', 'scale'})])
+def test_what_decays(exclude, decaying):
+  """With zero gradients decay alone moves a tensor: by lr * wd of its value."""
+  params = {n: jnp.full(s, 2.) for n, s in {'kernel': (2, 3), 'pos_embed2D': (1, 4, 2), 'cls_tokens': (1, 2),
+                                            'bias': (3, 2), 'scale': (3,)}.items()}
+  tx = optim.adamw(lambda name: 'rest', decay_exclude=exclude)
+  after, _, _ = tx.update(jax.tree.map(jnp.zeros_like, params), tx.init(params), params, {'rest': optim.TRAIN}, .1, .5)
+  for name, x in after.items():
+    np.testing.assert_allclose(x, 2 - .1 * .5 * 2 * (name in decaying), rtol=1e-6, err_msg=name)

@@ -6,6 +6,7 @@ counter is 0). Freezing, last-layer freezing and the drift of the released code 
 mechanism. The update is that of AdamW (Loshchilov and Hutter 2019): decay is decoupled and
 multiplied by the learning rate.
 """
+import re
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -66,9 +67,14 @@ def named_leaves(tree) -> dict[str, jax.Array]:
   return {leaf_name(path): x for path, x in jax.tree_util.tree_flatten_with_path(tree)[0]}
 
 
-def decays(name: str, x) -> bool:
-  """Biases and one-dimensional tensors do not decay, everything else does (released code)."""
-  return x.ndim > 1 and not name.endswith('bias')
+TOKENS = re.compile(r'pos_?embed|cls_token', re.IGNORECASE)
+DECAY_EXCLUDE = '1d', 'tokens', ''
+
+
+def decays(name: str, x, exclude: str = '1d') -> bool:
+  """Whether weight decay applies. exclude: '1d' = not to biases and one-dimensional tensors (released pre-training),
+  'tokens' = nor to position embeddings and class tokens, '' = to everything (released fine-tuning)."""
+  return not exclude or x.ndim > 1 and not name.endswith('bias') and not (exclude == 'tokens' and TOKENS.search(name))
 
 
 class Optimiser(NamedTuple):
@@ -78,7 +84,8 @@ class Optimiser(NamedTuple):
 
 
 def adamw(group_of: Callable[[str], str], *, clip: float = 0., clip_mode: str = 'global',
-          b1=0.9, b2=0.999, eps=1e-8, rate: Callable[[str], float] = lambda group: 1.) -> Optimiser:
+          b1=0.9, b2=0.999, eps=1e-8, rate: Callable[[str], float] = lambda group: 1.,
+          decay_exclude: str = '1d') -> Optimiser:
   """AdamW per group.
 
   Args:
@@ -86,6 +93,7 @@ def adamw(group_of: Callable[[str], str], *, clip: float = 0., clip_mode: str = 
     clip: largest gradient norm, before the moments; 0 = off.
     clip_mode: 'global' = one norm over all groups that train; 'per_tensor'.
     rate: group -> factor of the learning rate (and so of the decay).
+    decay_exclude: of `decays`.
 
   `update` takes modes {group: SKIP | ZERO | TRAIN} (traceable), lr and wd scalars, and returns
   also {group: gradient norm before clipping}.
@@ -115,13 +123,20 @@ def adamw(group_of: Callable[[str], str], *, clip: float = 0., clip_mode: str = 
       given = {n: jnp.where(mode == TRAIN, x, jnp.zeros_like(x)) for n, x in groups[g].items()}
       direction, state = adam.update(given, old)
       for n, p in tensors[g].items():
-        step = rate(g) * lr * (direction[n] + (wd * p if decays(n, p) else 0.))
+        step = rate(g) * lr * (direction[n] + (wd * p if decays(n, p, decay_exclude) else 0.))
         new_params[n] = jnp.where(active, p - step.astype(p.dtype), p)
       new_state[g] = jax.tree.map(lambda new, was, on=active: jnp.where(on, new, was), state, old)
     merged = jax.tree_util.tree_map_with_path(lambda path, p: new_params.get(leaf_name(path), p), params)
     return merged, new_state, norms
 
   return Optimiser(init, update, norms_of)
+
+
+def of(config, method) -> Optimiser:
+  """The optimiser of a run."""
+  o = config.optim
+  return adamw(method.groups, clip=o.clip, clip_mode=o.clip_mode, eps=o.eps, rate=method.rate,
+               decay_exclude=o.decay_exclude)
 
 
 def _norm_of_training(norms, modes):

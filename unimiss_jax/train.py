@@ -19,6 +19,7 @@ from unimiss_jax import (
     checkpoint,
     final_test,
     init_from,
+    optim,
     preflight,
     probe_first,
     processes,
@@ -32,7 +33,6 @@ from unimiss_jax.lifeline import Lifeline
 from unimiss_jax.methods import base
 from unimiss_jax.mirror import Mirror
 from unimiss_jax.observer import Observer
-from unimiss_jax.optim import adamw
 from unimiss_jax.progress import Progress, Stopwatch, clock, idle, logged_steps
 from unimiss_jax.report import summary
 from unimiss_jax.state import own, parameters
@@ -138,8 +138,7 @@ class Run:
     self.method = validate.made(base.make, config, {n: (s.records, s.fields) for n, s in self.streams.items()})
     validate.check_method(config, self.method)
     self.total = self.method.total_steps
-    self.optimiser = adamw(self.method.groups, clip=config.optim.clip, clip_mode=config.optim.clip_mode,
-                           eps=config.optim.eps, rate=self.method.rate)
+    self.optimiser = optim.of(config, self.method)
 
     init = step.make_init(config, self.method, self.optimiser)
     key = jax.random.key(config.seed)

@@ -37,6 +37,7 @@ CHOICES = {
     'optim.schedule': ('cosine', 'poly', 'constant'),
     'optim.schedule_unit': ('step', 'epoch'),
     'optim.clip_mode': ('global', 'per_tensor'),
+    'optim.decay_exclude': ('1d', 'tokens', ''),
     'optim.freeze_3d': ('mask', 'zero_grad', 'none'),
     'loss.center_updates': ('once', 'sequential'),
     'loss.slice_intensity': ('raw', 'minmax'),

@@ -3,7 +3,8 @@
 CT phase      self-distillation CT->CT, DRR->CT, slices->CT; reconstruction of CT and DRR
 X-ray phase   self-distillation and reconstruction of real radiographs
 (after the released code of UniMiSS+, Xie et al. 2024; loss weights in configs/unimiss_plus.py).
-Optional terms of our own: InfoNCE between two views of an instance and between a CT and its DRR.
+Optional terms of our own: InfoNCE between two views of an instance and between a CT and its DRR; KoLeo; input of which
+blocks are hidden, and reconstruction of these; SimDINO's coding rate in place of prototypes.
 A term of weight 0 is not built; without self-distillation there is no teacher and no centre.
 """
 import importlib
@@ -14,7 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from unimiss_jax import models
-from unimiss_jax.losses import collapse, contrastive, distillation, reconstruction
+from unimiss_jax.losses import collapse, contrastive, distillation, masking, reconstruction, spread
 from unimiss_jax.methods import alternation
 from unimiss_jax.methods.base import Aux, Method, Phase, view_keys, weighted
 from unimiss_jax.models.heads import DINOHead
@@ -27,9 +28,11 @@ CENTER_UPDATES = {'once': 'unimiss_jax.losses.distillation', 'sequential': 'unim
 
 
 def make(config, data) -> Method:
-  loss, batch, speed = config.loss, config.batch, config.speed
+  loss, more, batch, speed = config.loss, config.extra_loss, config.batch, config.speed
   check_terms(loss, config.phases)
-  distils = any(loss[k] for k in DISTILL)
+  check_masks(more.mask_ratio)
+  distils, masks = any(loss[k] for k in DISTILL), any(more.mask_ratio)
+  prototypes = distils and not more.coding_rate
   reconstructs = any(loss[k] for k in RECONSTRUCT)
   leading = next(iter(data))                  # CT, where there is CT
   steps_per_epoch = max(data[leading][0] // batch[leading], 1)
@@ -38,7 +41,7 @@ def make(config, data) -> Method:
 
   model = models.build(config.model)
   h = config.head
-  head = DINOHead(out_dim=h.out_dim, hidden_dim=h.hidden_dim, bottleneck_dim=h.bottleneck_dim, last_layer=distils,
+  head = DINOHead(out_dim=h.out_dim, hidden_dim=h.hidden_dim, bottleneck_dim=h.bottleneck_dim, last_layer=prototypes,
                   linear_init=config.model.init, dtype=config.model.dtype)
   embed_dim = config.model.embed_dims[-1]
   momentum = cosine_schedule(config.ema.momentum, config.ema.momentum_end, total, 0)
@@ -78,6 +81,8 @@ def make(config, data) -> Method:
     return z.swapaxes(0, 1)
 
   def distil(student, teacher, center, step):
+    if not prototypes:
+      return spread.simdino(student.swapaxes(0, 1), teacher.swapaxes(0, 1), more.coding_rate), center
     return distillation.dino_loss(
         student.swapaxes(0, 1), teacher.swapaxes(0, 1), center, student_temp=loss.student_temp,
         teacher_temp=teacher_temp(step), center_momentum=loss.center_momentum)
@@ -88,9 +93,24 @@ def make(config, data) -> Method:
     return contrastive.nt_xent(z, loss.nce_temp, group)
 
   def teach(extra, x):
-    """Teacher logits of two views [B, 2, ...]; the encoder alone."""
-    embedding = backbone(extra['teacher'], x.reshape(-1, *x.shape[2:])).embedding
-    return jax.lax.stop_gradient(of_head(extra['teacher'], embedding.reshape(*x.shape[:2], -1)))
+    """Teacher logits of two views [B, 2, ...], or embeddings where no prototypes compare them; the encoder alone."""
+    embedding = backbone(extra['teacher'], x.reshape(-1, *x.shape[2:])).embedding.reshape(*x.shape[:2], -1)
+    return jax.lax.stop_gradient(of_head(extra['teacher'], embedding) if prototypes else embedding)
+
+  def hidden(x, rng):
+    """[B, V, *S, C] -> what the student is shown of it, and where it is hidden [B, V, *S] or None."""
+    if not masks:
+      return x, None
+    keys = jax.vmap(jax.vmap(lambda k: jax.random.fold_in(k, 1)))(view_keys(rng, x.shape[1]))    # 0: drop-path
+    block = more.mask_block[-(x.ndim - 3):]
+    mask = jax.vmap(jax.vmap(lambda k: masking.blocks(k, x.shape[2:-1], block, more.mask_ratio)))(keys)
+    return jax.vmap(jax.vmap(masking.hide))(x, mask), mask
+
+  def rebuilt(raw, target, mask):
+    return reconstruction.sigmoid_mse(raw, target) if mask is None else masking.sigmoid_mse(raw, target, mask)
+
+  def apart(e):      # [B, 2, E]: the two views of one instance are not to be kept apart
+    return (spread.koleo(e[:, 0]) + spread.koleo(e[:, 1])) / 2
 
   def slices(ct):
     """Every n-th slice of each sequence of a CT crop as an image: [B, 2, D, H, W, C] -> [B, 2 * S, H, W, 3]."""
@@ -126,6 +146,8 @@ def make(config, data) -> Method:
 
     The last layer is linear: unit vectors may be averaged before it, and all names may pass it together.
     """
+    if not prototypes:
+      return {k: v if v.ndim == 3 else spread.unit(v).mean(2) for k, v in e.items()}
     if not speed.shared_head:
       x = {k: of_head(params, v) for k, v in e.items()}
       return {k: v if v.ndim == 3 else v.mean(2) for k, v in x.items()}
@@ -136,12 +158,15 @@ def make(config, data) -> Method:
   def ct_loss(params, extra, batch, key, step):
     rows = batch['ct']
     terms, mean = {}, {}
-    e_ct, r_ct = views(params, rows['ct'], view_keys(rows['rng'], 2), 2 * bool(loss.recon_ct))
+    x_ct, m_ct = hidden(rows['ct'], rows['rng'])
+    x_drr, m_drr = hidden(rows['drr'], jax.random.key_data(view_keys(rows['rng'], 1))[:, 0]) if 'drr' in rows else (
+        None, None)      # other places than of the CT
+    e_ct, r_ct = views(params, x_ct, view_keys(rows['rng'], 2), 2 * bool(loss.recon_ct))
     metrics = embedding_health(e_ct)
-    e_drr, r_drr, e_slice = pictures(params, rows)
+    e_drr, r_drr, e_slice = pictures(params, rows | {'drr': x_drr})
     if loss.ct or loss.drr or loss.slice:
       t = teach(extra, rows['ct'])
-      metrics |= collapse.teacher(t, extra['center'], teacher_temp(step))
+      metrics |= collapse.teacher(t, extra['center'], teacher_temp(step)) if prototypes else {}
       weights = {name: (w, e) for name, w, e in (('dino_loss', loss.ct, e_ct), ('drr_loss', loss.drr, e_drr),
                                                  ('slice_loss', loss.slice, e_slice)) if w}
       center = extra['center']
@@ -151,9 +176,11 @@ def make(config, data) -> Method:
         terms[name] = (weights[name][0], value)
     if loss.recon_ct:
       target = reconstruction.minmax(rows['ct'], loss.recon_minmax_eps, axes=(2, 3, 4))
-      terms['recon_ct_loss'] = (loss.recon_ct, reconstruction.sigmoid_mse(r_ct, target))
+      terms['recon_ct_loss'] = (loss.recon_ct, rebuilt(r_ct, target, m_ct))
     if loss.recon_drr:
-      terms['recon_drr_loss'] = (loss.recon_drr, reconstruction.sigmoid_mse(r_drr, rows['drr']))
+      terms['recon_drr_loss'] = (loss.recon_drr, rebuilt(r_drr, rows['drr'], m_drr))
+    if more.koleo:
+      terms['koleo_loss'] = (more.koleo, apart(e_ct))
     if loss.nce or loss.pair_nce:
       z_ct = project(params, e_ct)
     if loss.nce:
@@ -169,15 +196,18 @@ def make(config, data) -> Method:
   def xray_loss(params, extra, batch, key, step):
     rows = batch['xray']
     terms, mean = {}, {}
-    e, r = views(params, rows['xray'], view_keys(rows['rng'], 2), 2 * bool(loss.recon_xray))
+    x, mask = hidden(rows['xray'], rows['rng'])
+    e, r = views(params, x, view_keys(rows['rng'], 2), 2 * bool(loss.recon_xray))
     metrics = embedding_health(e)
     if loss.xray:
       t = teach(extra, rows['xray'])
-      metrics |= collapse.teacher(t, extra['center'], teacher_temp(step))
-      value, mean['center'] = distil(of_head(params, e), t, extra['center'], step)
+      metrics |= collapse.teacher(t, extra['center'], teacher_temp(step)) if prototypes else {}
+      value, mean['center'] = distil(of_head(params, e) if prototypes else e, t, extra['center'], step)
       terms['dino_loss'] = (loss.xray, value)
     if loss.recon_xray:
-      terms['recon_xray_loss'] = (loss.recon_xray, reconstruction.sigmoid_mse(r, rows['xray']))
+      terms['recon_xray_loss'] = (loss.recon_xray, rebuilt(r, rows['xray'], mask))
+    if more.koleo:
+      terms['koleo_loss'] = (more.koleo, apart(e))
     if loss.nce:
       terms['nce_loss'] = (loss.nce, views_loss(project(params, e), rows['group']))
     return weighted(terms, mean, metrics)
@@ -202,6 +232,8 @@ def make(config, data) -> Method:
   def groups(name):
     if name.endswith('weight_g') or ('/Dec' in name or 'TransposeConv' in name or 'recon_conv' in name
                                      or name.startswith('backbone/norm')) and not reconstructs:
+      return 'fixed'
+    if name.startswith('head/') and not (prototypes or loss.nce or loss.pair_nce):
       return 'fixed'
     return '3d' if '3D' in name else 'last_layer' if 'last_layer' in name else 'rest'
 
@@ -233,13 +265,13 @@ def make(config, data) -> Method:
            'joint': Phase({'ct': batch.ct, 'xray': batch.xray}, joint_loss, update('joint'),
                           chance(config, batch.ct, 'ct') | of_xray(chance(config, batch.xray, 'xray')))}
   schedule, names = alternation.schedule(config.phases, steps_per_epoch)
-  couples = bool(loss.nce or loss.pair_nce or loss.center_updates != 'once')
+  couples = bool(loss.nce or loss.pair_nce or loss.center_updates != 'once' or more.koleo or more.coding_rate)
   return Method(
       init=init, groups=groups, schedule=schedule, post=post,
       phases={n: build[n]._replace(couples_samples=couples) for n in names},
       weights={'student': lambda params, extra: params}
       | ({'teacher': lambda params, extra: extra['teacher']} if distils else {}),
-      predict={'embed': embed} | ({'project': compare} if distils or loss.nce or loss.pair_nce else {})
+      predict={'embed': embed} | ({'project': compare} if prototypes or loss.nce or loss.pair_nce else {})
       | ({'reconstruct': reconstruct} if reconstructs else {}),
       total_steps=total, steps_per_epoch=steps_per_epoch)
 
@@ -259,6 +291,12 @@ def check_terms(loss, phases) -> None:
                        f'give loss.{terms[0]} a weight, or set phases.{phase}=0')
 
 
+def check_masks(ratio) -> None:
+  if not 0 <= ratio[0] <= ratio[1] < 1:
+    raise ValueError(f'extra_loss.mask_ratio={tuple(ratio)}: expected (lowest, highest) share of hidden blocks, both '
+                     'from 0 to below 1; (0, 0) = off')
+
+
 def of_xray(metrics) -> dict:
   """Names of X-ray metrics beside those of CT in one row: 'train/xray_nce_loss'."""
   return {k.replace('/', '/xray_', 1): v for k, v in metrics.items()}
@@ -270,7 +308,7 @@ def chance(config, batch, stream) -> dict[str, float]:
   loss = config.loss
   for name, weight in {'ct': (('dino_loss', loss.ct), ('drr_loss', loss.drr), ('slice_loss', loss.slice)),
                        'xray': (('dino_loss', loss.xray),)}[stream]:
-    if weight:
+    if weight and not config.extra_loss.coding_rate:
       out[f'train/{name}'] = uniform
   if loss.nce:
     out['train/nce_loss'] = math.log(2 * batch - 1)

@@ -1,0 +1,60 @@
+"""The optional terms inside the method: each equals what its formula gives for what the step was shown."""
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from tests.e2e import tiny
+from tests.methods.test_unimiss_plus import rows
+from unimiss_jax.losses import masking, spread
+from unimiss_jax.methods import base
+
+OFF = {f'loss.{n}': 0.
+       for n in ('ct', 'drr', 'slice', 'xray', 'recon_ct', 'recon_drr', 'recon_xray', 'nce', 'pair_nce')}
+CALM = {'model.decoder_drop_path': 0., 'phases.ct': 0}
+
+
+def made(**leaves):
+  """(method, params, extra) for X-rays alone."""
+  c = tiny.config(**(OFF | CALM | leaves))
+  method = base.make(c, {'xray': (16, {})})
+  return method, *jax.jit(method.init)(jax.random.key(0))
+
+
+def loss(method, params, extra, batch):
+  return method.phases['xray'].loss(params, extra, batch, jax.random.key(0), 0)
+
+
+def test_koleo_and_simdino_of_the_embeddings_of_the_step():
+  method, params, extra = made(**{'loss.xray': 1., 'extra_loss.koleo': .1, 'extra_loss.coding_rate': .5})
+  assert 'last_layer' not in params['head'] and method.groups('head/mlp_0/kernel') == 'fixed'
+  assert method.phases['xray'].couples_samples and 'project' not in method.predict
+  batch = rows(6)
+  value, aux = jax.jit(lambda p, e, b: loss(method, p, e, b))(params, extra, batch)
+  e = jax.jit(method.predict['embed'])(params, extra, {'xray': batch['xray']['xray']})['xray']
+  koleo = (spread.koleo(e[:, 0]) + spread.koleo(e[:, 1])) / 2
+  distance = spread.simdino(e.swapaxes(0, 1), e.swapaxes(0, 1), .5)      # the teacher begins as a copy
+  np.testing.assert_allclose(aux.metrics['train/koleo_loss'], koleo, rtol=1e-4)
+  np.testing.assert_allclose(aux.metrics['train/dino_loss'], distance, rtol=1e-4)
+  np.testing.assert_allclose(value, .1 * koleo + distance, rtol=1e-4)
+  assert 'collapse/teacher_entropy' not in aux.metrics
+
+
+def test_hidden_blocks_do_not_reach_the_network_and_alone_are_judged():
+  method, params, extra = made(**{'loss.recon_xray': 1., 'extra_loss.mask_ratio': (.5, .5),
+                                  'extra_loss.mask_block': (4, 16, 16)})
+  batch = rows(4)
+  run = jax.jit(lambda p, b: loss(method, p, extra, b)[1].metrics['train/recon_xray_loss'])
+  x = batch['xray']['xray']
+  keys = jax.vmap(jax.vmap(lambda k: jax.random.fold_in(k, 1)))(base.view_keys(batch['xray']['rng'], 2))
+  mask = np.asarray(jax.vmap(jax.vmap(lambda k: masking.blocks(k, (64, 64), (16, 16), (.5, .5))))(keys))
+  assert .2 < mask.mean() < .8 and not np.array_equal(mask[0, 0], mask[0, 1])
+  seen = np.where(mask[..., None], x.mean((2, 3), keepdims=True), x)
+  image = jax.jit(method.predict['reconstruct'])(params, extra, {'xray': jnp.asarray(seen)})['xray']
+  np.testing.assert_allclose(run(params, batch), ((np.asarray(image) - x)**2)[mask].mean(), rtol=1e-4)
+
+
+@pytest.mark.parametrize('ratio', [(.5, .2), (-.1, .5), (.2, 1.)])
+def test_a_share_that_is_none_is_refused(ratio):
+  with pytest.raises(ValueError, match='extra_loss.mask_ratio=.*expected'):
+    made(**{'loss.xray': 1., 'extra_loss.mask_ratio': ratio})
