@@ -3,6 +3,7 @@ import json
 import os
 import sys
 
+import numpy as np
 from absl import app, flags
 
 import main
@@ -16,9 +17,15 @@ def take(self, phase):
   with open(file, 'a') as f:
     for stream, batch in drawn.items():
       end = self.streams[stream].position()
-      rows = [[int(i), *map(int, rng)] for i, rng in zip(batch['id'], batch['rng'])]
+      rows = [[int(i), *map(int, rng)] for i, rng in zip(mine(batch['id']), mine(batch['rng']))]
       f.write(json.dumps({'stream': stream, 'end': end, 'rows': rows}) + '\n')
   return drawn
+
+
+def mine(x):
+  """The rows of a global array that lie on the devices of this process."""
+  parts = {s.index[0].start or 0: np.asarray(s.data) for s in x.addressable_shards}
+  return np.concatenate([parts[start] for start in sorted(parts)])
 
 
 taken, train.Run.take = train.Run.take, take
