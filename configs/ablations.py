@@ -14,7 +14,7 @@ PHANTOM = 'configs/unimiss_plus.py:phantom'
 # samples a step (thousands are too many). Slices of CT enter the 2-D branch, which wants 64 pixels.
 LARGER = {'views.ct.size': (16, 64, 64), 'model.volume_size': (16, 64, 64)}
 ALL_TERMS = LARGER | {'loss.ct': 1., 'loss.drr': .5, 'loss.slice': .1, 'loss.xray': 1., 'loss.recon_ct': 5.,
-             'loss.recon_drr': 5., 'loss.recon_xray': 5., 'head.out_dim': 128}
+             'loss.recon_drr': 5., 'loss.recon_xray': 5., 'loss.slices': 4, 'head.out_dim': 128}
 NO_2D = {'phases.xray': 0, 'loss.drr': 0., 'loss.recon_drr': 0., 'loss.pair_nce': 0., 'loss.slice': 0.}
 
 
@@ -49,7 +49,8 @@ GRIDS = {
         'unimiss_on_mit_plus': only(ct=1., slice=.1, xray=1.),      # no DRR, no reconstruction
     }, common=ALL_TERMS),
     'slices': grid({
-        'every_slice': {'loss.slices': 1}, 'every_4th': {'loss.slices': 4},
+        'every_2nd': {'loss.slices': 2}, 'every_8th': {'loss.slices': 8},
+        'mean_probability': {'loss.slice_pool': 'probability'}, 'mean_feature': {'loss.slice_pool': 'feature'},
         'minmax': {'loss.slice_intensity': 'minmax'},
     }, common=ALL_TERMS),
     'drr': grid({

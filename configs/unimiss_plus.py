@@ -45,6 +45,7 @@ def plain() -> ConfigDict:
       center_momentum=0.9,
       center_updates='once',      # once: after the step | sequential: after every loss of it
       slices=2,                   # every 2nd slice of a CT crop goes through the 2D branch
+      slice_pool='logits',        # what is averaged over them: logits (released) | probability | feature (embeddings)
       slice_intensity='raw',      # raw (HU/1024, as the crop) | minmax
       recon_minmax_eps=1e-6,      # smallest range that a crop's min-max divides by
       shuffle_pairs=False,        # control: positives are other instances; nothing may be learned

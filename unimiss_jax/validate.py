@@ -41,6 +41,7 @@ CHOICES = {
     'optim.freeze_3d': ('mask', 'zero_grad', 'none'),
     'loss.center_updates': ('once', 'sequential'),
     'loss.slice_intensity': ('raw', 'minmax'),
+    'loss.slice_pool': ('logits', 'probability', 'feature'),
     'task.kind': ('cls', 'seg'),
     'optim.lr_scaling': ('linear', 'sqrt'),
     'task.features': ('cls', 'mean', 'both'),

@@ -1,5 +1,6 @@
 """Five successive calls of the released loss, with its temperature warm-up."""
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -48,3 +49,12 @@ def test_temperature_schedule(fixture):
   np.testing.assert_allclose([schedule(5 * e) for e in range(8)], fixture['temp_schedule'], rtol=1e-6)
   assert schedule(4) == schedule(0) and schedule(5) != schedule(4)
   np.testing.assert_allclose(distillation.temperature_schedule(0.04, 0.07, 0, 5)(0), 0.07, rtol=1e-6)
+
+
+def test_the_mean_probability_of_slices():
+  x = np.random.default_rng(0).normal(size=(3, 5, 7)).astype(np.float32)
+  softmax = lambda z: np.exp(z) / np.exp(z).sum(-1, keepdims=True)
+  got = distillation.mean_probability(jnp.asarray(x), .1, 1)
+  assert got.shape == (3, 7)
+  np.testing.assert_allclose(softmax(np.asarray(got, np.float64) / .1), softmax(x.astype(np.float64) / .1).mean(1),
+                             rtol=1e-4, atol=1e-7)

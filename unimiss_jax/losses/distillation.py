@@ -27,6 +27,13 @@ def dino_loss(student, teacher, center, *, student_temp, teacher_temp, center_mo
   return loss, center_momentum * center + (1 - center_momentum) * teacher.mean((0, 1))[None]
 
 
+def mean_probability(logits, temperature, axis: int):
+  """Logits whose softmax at this temperature is the mean of those along `axis`; float32 or wider."""
+  logits = logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
+  log_p = jax.nn.log_softmax(logits / temperature)
+  return temperature * (jax.nn.logsumexp(log_p, axis) - jnp.log(logits.shape[axis]))
+
+
 def center_of_next(before, after):
   """The centre that the next loss of the same step uses: `before`, the one that the step began with."""
   return before

@@ -141,6 +141,9 @@ def make(config, data) -> Method:
         cut, _ = views(params, cut, keys(cut.shape[1]), 0)
     return drr, r_drr, cut if cut is None else cut.reshape(len(cut), 2, -1, embed_dim)
 
+  def pooled(x):      # logits of slices [B, 2, S, K]
+    return distillation.mean_probability(x, loss.student_temp, 2) if loss.slice_pool == 'probability' else x.mean(2)
+
   def students(params, e: dict) -> dict:
     """{name: embeddings [B, 2, E], of slices [B, 2, S, E]} -> {name: logits [B, 2, K]}, the mean over slices.
 
@@ -148,9 +151,11 @@ def make(config, data) -> Method:
     """
     if not prototypes:
       return {k: v if v.ndim == 3 else spread.unit(v).mean(2) for k, v in e.items()}
-    if not speed.shared_head:
+    if loss.slice_pool == 'feature':
+      e = {k: v if v.ndim == 3 else v.mean(2) for k, v in e.items()}
+    if not speed.shared_head or loss.slice_pool == 'probability':
       x = {k: of_head(params, v) for k, v in e.items()}
-      return {k: v if v.ndim == 3 else v.mean(2) for k, v in x.items()}
+      return {k: v if v.ndim == 3 else pooled(v) for k, v in x.items()}
     z = {k: of_head(params, v, 'unit') for k, v in e.items()}
     z = jnp.stack([v if v.ndim == 3 else v.mean(2) for v in z.values()], 1)      # [B, names, 2, D]
     return dict(zip(e, jnp.moveaxis(of_head(params, z, 'cosines'), 1, 0)))
