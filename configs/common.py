@@ -138,7 +138,8 @@ def base() -> ConfigDict:
       save=False,                 # fine-tuning: write the predicted label maps of the test cases
       knn='',                     # a labelled manifest.jsonl; '' = phantom findings
   ))
-  c.log = ConfigDict(dict(every=50, images_every=0, tensorboard=True, watchdog_min=30.))
+  c.log = ConfigDict(dict(every=50, images_every=0, tensorboard=True, watchdog_min=30.,
+                          health_every=500))     # steps from one verdict on the run's health to the next; 0 = off
   return c
 
 

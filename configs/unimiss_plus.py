@@ -85,7 +85,7 @@ def phantom(c: ConfigDict) -> None:
   c.optim.update(dict(lr=2e-3, lr_reference_batch=0, warmup_epochs=0.8, min_lr=1e-6, clip=1.0, freeze_last_layer=0.))
   c.checkpoint.every = 190
   c.eval.every = 380
-  c.log.every = 20
+  c.log.every, c.log.health_every = 20, 190
 
 
 def phantom_long(c: ConfigDict) -> None:

@@ -8,9 +8,9 @@ ROOT = pathlib.Path(__file__).resolve().parents[1]
 LAYERS = (          # a room may import rooms of its own layer and of those before it
     {'drr', 'views', 'models', 'losses', 'sharding', 'optim'},
     {'porting', 'methods'},
-    {'state', 'checkpoint', 'writers', 'health', 'evals', 'report', 'step', 'validate', 'workdir', 'progress',
-     'watchdog', 'lifeline', 'processes', 'mirror', 'init_from', 'observer', 'weights', 'best', 'final_test',
-     'preflight', 'probe_first'},
+    {'state', 'checkpoint', 'writers', 'health', 'autopsy', 'evals', 'report', 'step', 'validate', 'workdir',
+     'progress', 'watchdog', 'lifeline', 'processes', 'mirror', 'init_from', 'observer', 'weights', 'best',
+     'final_test', 'preflight', 'probe_first'},
     {'train'},
     {'cli', 'main'},
 )

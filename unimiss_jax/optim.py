@@ -79,7 +79,7 @@ def decays(name: str, x, exclude: str = '1d') -> bool:
 
 class Optimiser(NamedTuple):
   init: Callable     # params -> opt_state = {group: optax state over {name: tensor}}
-  update: Callable   # (grads, opt_state, params, modes, lr, wd) -> (params, opt_state, norms)
+  update: Callable   # (grads, opt_state, params, modes, lr, wd) -> (params, opt_state, {group: norm of what was added})
   norms: Callable    # grads -> {group: their norm}
 
 
@@ -96,7 +96,7 @@ def adamw(group_of: Callable[[str], str], *, clip: float = 0., clip_mode: str = 
     decay_exclude: of `decays`.
 
   `update` takes modes {group: SKIP | ZERO | TRAIN} (traceable), lr and wd scalars, and returns
-  also {group: gradient norm before clipping}.
+  also {group: norm of the change}.
   """
   adam = optax.scale_by_adam(b1=b1, b2=b2, eps=eps)
 
@@ -116,7 +116,7 @@ def adamw(group_of: Callable[[str], str], *, clip: float = 0., clip_mode: str = 
   def update(grads, opt_state, params, modes, lr, wd):
     groups, tensors, norms = split(grads), split(params), norms_of(grads)
     groups = {g: _clipped(t, clip, clip_mode, _norm_of_training(norms, modes)) for g, t in groups.items()}
-    new_params, new_state = {}, {}
+    new_params, new_state, moved = {}, {}, {}
     for g, old in opt_state.items():
       mode = jnp.asarray(modes[g])
       active = (mode == TRAIN) | ((mode == ZERO) & (old.count > 0))
@@ -125,9 +125,10 @@ def adamw(group_of: Callable[[str], str], *, clip: float = 0., clip_mode: str = 
       for n, p in tensors[g].items():
         step = rate(g) * lr * (direction[n] + (wd * p if decays(n, p, decay_exclude) else 0.))
         new_params[n] = jnp.where(active, p - step.astype(p.dtype), p)
+        moved[g] = moved.get(g, 0.) + jnp.where(active, jnp.sum(step**2), 0.)
       new_state[g] = jax.tree.map(lambda new, was, on=active: jnp.where(on, new, was), state, old)
     merged = jax.tree_util.tree_map_with_path(lambda path, p: new_params.get(leaf_name(path), p), params)
-    return merged, new_state, norms
+    return merged, new_state, {g: jnp.sqrt(x) for g, x in moved.items()}
 
   return Optimiser(init, update, norms_of)
 

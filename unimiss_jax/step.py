@@ -58,18 +58,34 @@ def make_step(config, method, optimiser, phase_name, mesh, finish=None):
     finite = jnp.isfinite(loss) & jnp.isfinite(sum(norms.values()))
 
     def move(old):
-      params, groups, extra = old
-      params, groups, _ = optimiser.update(grads, groups, params, modes, lr(step), wd(step))
-      return params, groups, method.post(params, extra, aux, step)
-    params, groups, extra = gated(finite, move, (state.params, state.opt_state['groups'], extra))
+      params, groups, extra, _ = old
+      params, groups, moved = optimiser.update(grads, groups, params, modes, lr(step), wd(step))
+      return params, groups, method.post(params, extra, aux, step), moved
+    still = {g: jnp.zeros_like(n) for g, n in norms.items()}
+    params, groups, extra, moved = gated(finite, move, (state.params, state.opt_state['groups'], extra, still))
     skipped = jnp.where(finite, 0, state.opt_state['skipped'] + 1)
     bad = state.opt_state['bad'] + sum(rows['bad'].sum(dtype=jnp.int32) for rows in batch.values())
     metrics = aux.metrics | {f'train/grad_norm_{g}': n for g, n in norms.items()} | {
+        f'train/update_norm_{g}': n for g, n in moved.items()} | {
+        'data/flat_views': flat_views(batch), 'train/bad_tensor': first_bad(grads),
         'train/grad_norm': jnp.sqrt(sum(n ** 2 for n in norms.values())),
         'train/lr': lr(step), 'train/wd': wd(step),
         'train/skipped': jnp.where(finite, 0, 1), 'train/skipped_in_a_row': skipped, 'data/bad_records': bad}
     return TrainState(step + 1, params, {'groups': groups, 'skipped': skipped, 'bad': bad}, extra), metrics
   return step_fn
+
+
+def flat_views(batch):
+  """Share of the views [B, V, ...] of a batch that show nothing: the same number everywhere, to a thousandth."""
+  views = [x for rows in batch.values() for x in rows.values() if x.ndim >= 5]
+  flat = [jnp.std(x.astype(jnp.float32), tuple(range(2, x.ndim))) < 1e-3 for x in views]
+  return sum(f.sum() for f in flat) / max(sum(f.size for f in flat), 1)
+
+
+def first_bad(grads):
+  """Number of the first tensor, in the order of optim.named_leaves, whose gradient is not finite; -1 = none."""
+  bad = jnp.stack([~jnp.isfinite(jnp.sum(g * g)) for g in jax.tree.leaves(grads)])
+  return jnp.where(bad.any(), jnp.argmax(bad), -1)
 
 
 def gated(go, move, old, branch: bool | None = None):

@@ -16,8 +16,10 @@ import numpy as np
 
 from data_pipelines import cases, evalset, files, manifest, prepared, streams
 from unimiss_jax import (
+    autopsy,
     checkpoint,
     final_test,
+    health,
     init_from,
     optim,
     preflight,
@@ -41,6 +43,7 @@ from unimiss_jax.writers import EVAL, Writer
 
 AHEAD = {'cpu': 0}    # steps that are worked on when the next one is dispatched, else 1; two on CPU may starve each
                       # other's collectives of threads
+HOST_ONLY = 'train/skipped_in_a_row', 'train/bad_tensor'    # metrics that are no curve
 STORES = ('gs://',)      # where orbax writes, beside local folders
 
 
@@ -124,7 +127,7 @@ class Run:
   def __init__(self, config, folder, mirror, resume):
     self.config, self.folder, self.mirror = config, folder, mirror
     self.main, self.began = processes.main(), time.monotonic()
-    self.writer = None
+    self.writer, self.rows = None, []      # rows: the last ones that were logged
     self.mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp)
     self.streams = processes.together(
         lambda: streams.build(config, validate.streams(config), jax.process_index(), jax.process_count()))
@@ -230,6 +233,7 @@ class Run:
       name, after = plan[i], i + 1
       positions = {n: s.position() for n, s in self.streams.items()}
       self.state, metrics = steps[name](self.state, batch)
+      given = batch
       fetched = fetcher.submit(self.take, plan[after]) if after < total else None
       if not ahead:
         jax.block_until_ready(metrics)
@@ -237,7 +241,7 @@ class Run:
         idle(fetched, metrics)
       with Stopwatch() as waiting:
         batch = fetched.result() if fetched else None
-      running.append((i, name, metrics, waiting.seconds))
+      running.append((i, name, metrics, waiting.seconds, given))
       watchdog.alive()
       last, asked = after == total, stop.asked(after)
       due = [last or every and after % every == 0
@@ -280,7 +284,7 @@ class Run:
     rows = {s: self.streams[s].next() for s in self.method.phases[phase].streams}
     return sharding.to_devices(rows, self.mesh)
 
-  def settle(self, i, phase, metrics, waited, logged):
+  def settle(self, i, phase, metrics, waited, batch, logged):
     """Counts step i, and tells what is to be told of it."""
     skipped, began = int(metrics['train/skipped']), self.settled
     self.settled = time.monotonic()
@@ -289,7 +293,11 @@ class Run:
       self.checkpoints.check()
       self.log(i, phase, metrics)
     if skipped:
-      self.skipped(i, phase, metrics)
+      self.skipped(i, phase, metrics, batch)
+    every = self.config.log.health_every
+    if self.main and every and ((i + 1) % every == 0 or i + 1 == self.total):
+      found = health.findings(self.rows, self.config, {n: p.chance for n, p in self.method.phases.items()})
+      logging.log(logging.WARNING if found else logging.INFO, health.line(i + 1, found, self.rows))
     if forecast := self.progress.forecast(i + 1, self.mesh.size, self.flops):
       logging.info(forecast)
 
@@ -308,17 +316,20 @@ class Run:
 
   def log(self, i, phase, metrics):
     """One row of metrics.jsonl and one line: the values of step i, rates since the last line."""
-    values = {k: float(v) for k, v in jax.device_get(metrics).items() if k != 'train/skipped_in_a_row'}
+    values = {k: float(v) for k, v in jax.device_get(metrics).items() if k not in HOST_ONLY}
     perf = self.progress.scalars(phase)
     if self.main:
       self.writer.write_scalars(i, values | perf, phase)
+      self.rows = [*self.rows[-health.KEPT:], {'step': i, 'phase': phase} | values | perf]
       logging.info(self.progress.line(i + 1, phase, values, perf))
       self.mirror.push()
 
-  def skipped(self, i, phase, metrics):
+  def skipped(self, i, phase, metrics, batch):
     row = int(metrics['train/skipped_in_a_row'])
-    logging.warning('step %d %s: loss or gradient is not finite; step skipped (%d in a row, %d end the run)',
-                    i, phase, row, self.config.optim.max_skipped)
+    seen = autopsy.report(self.mirror.local if self.main else None, i, batch, self.state.params,
+                          int(metrics['train/bad_tensor']))
+    logging.warning('step %d %s: loss or gradient is not finite; step skipped (%d in a row, %d end the run); %s',
+                    i, phase, row, self.config.optim.max_skipped, seen)
     if row >= self.config.optim.max_skipped:
       kept = self.checkpoints.steps()
       raise TrainError(f'step {i} {phase}: {row} steps in a row were not finite; the last good checkpoint is '

@@ -25,10 +25,13 @@ def rankme(features, eps=1e-7):
 
 def teacher(logits, center, temperature) -> dict:
   """Teacher logits [..., K], centre [1, K] -> mean entropy of its softmax (ln K = uniform, 0 = one prototype),
-  entropy of the batch mean (0 = all samples on one prototype), norm of the centre."""
+  entropy of the batch mean (0 = all samples on one prototype), norm of the centre, and of the prototypes that could be
+  the first choice of a row, as many as rows, the share that is."""
   z = (wide(logits) - center) / temperature
   p = softmax(z, -1)
   q = p.reshape(-1, p.shape[-1]).mean(0)
+  first = jnp.zeros(p.shape[-1], bool).at[jnp.argmax(z, -1).ravel()].set(True).sum()
   return {'collapse/teacher_entropy': -(p * log_softmax(z, -1)).sum(-1).mean(),
           'collapse/batch_entropy': -(q * jnp.log(q + 1e-12)).sum(),
+          'collapse/prototypes_used': first / min(z.size // z.shape[-1], z.shape[-1]),
           'collapse/center_norm': jnp.linalg.norm(wide(center))}

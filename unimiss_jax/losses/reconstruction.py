@@ -12,6 +12,13 @@ def minmax(x, eps: float, axes):
   return (x - low) / jnp.maximum(high - low, eps)
 
 
+def blurred_mse(target, block: int = 4):
+  """MSE of the means over block x block pixels against [..., H, W, C]: what a network reaches that knows only these."""
+  h, w, c = target.shape[-3:]
+  blocks = target.reshape(*target.shape[:-3], h // block, block, w // block, block, c)
+  return jnp.mean((blocks - blocks.mean((-4, -2), keepdims=True))**2)
+
+
 def sigmoid_mse(raw, target):
   """Mean over all elements of (sigmoid(raw) - target)^2; no gradient reaches the target."""
   raw = raw.astype(jnp.promote_types(raw.dtype, jnp.float32))

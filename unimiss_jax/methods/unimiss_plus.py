@@ -97,6 +97,10 @@ def make(config, data) -> Method:
     embedding = backbone(extra['teacher'], x.reshape(-1, *x.shape[2:])).embedding.reshape(*x.shape[:2], -1)
     return jax.lax.stop_gradient(of_head(extra['teacher'], embedding) if prototypes else embedding)
 
+  def of_teacher(t, center, step):
+    seen = collapse.teacher(t, center, teacher_temp(step)) | {'train/teacher_temp': teacher_temp(step)}
+    return {'train/momentum': momentum(step)} | (seen if prototypes else {})
+
   def hidden(x, rng):
     """[B, V, *S, C] -> what the student is shown of it, and where it is hidden [B, V, *S] or None."""
     if not masks:
@@ -171,7 +175,7 @@ def make(config, data) -> Method:
     e_drr, r_drr, e_slice = pictures(params, rows | {'drr': x_drr})
     if loss.ct or loss.drr or loss.slice:
       t = teach(extra, rows['ct'])
-      metrics |= collapse.teacher(t, extra['center'], teacher_temp(step)) if prototypes else {}
+      metrics |= of_teacher(t, extra['center'], step)
       weights = {name: (w, e) for name, w, e in (('dino_loss', loss.ct, e_ct), ('drr_loss', loss.drr, e_drr),
                                                  ('slice_loss', loss.slice, e_slice)) if w}
       center = extra['center']
@@ -179,10 +183,13 @@ def make(config, data) -> Method:
         value, mean['center'] = distil(student, t, center, step)
         center = center_of_next(center, mean['center'])
         terms[name] = (weights[name][0], value)
+      metrics |= divergence(terms, metrics)
     if loss.recon_ct:
       target = reconstruction.minmax(rows['ct'], loss.recon_minmax_eps, axes=(2, 3, 4))
+      metrics['collapse/blur_recon_ct'] = reconstruction.blurred_mse(target)
       terms['recon_ct_loss'] = (loss.recon_ct, rebuilt(r_ct, target, m_ct))
     if loss.recon_drr:
+      metrics['collapse/blur_recon_drr'] = reconstruction.blurred_mse(rows['drr'])
       terms['recon_drr_loss'] = (loss.recon_drr, rebuilt(r_drr, rows['drr'], m_drr))
     if more.koleo:
       terms['koleo_loss'] = (more.koleo, apart(e_ct))
@@ -206,10 +213,12 @@ def make(config, data) -> Method:
     metrics = embedding_health(e)
     if loss.xray:
       t = teach(extra, rows['xray'])
-      metrics |= collapse.teacher(t, extra['center'], teacher_temp(step)) if prototypes else {}
+      metrics |= of_teacher(t, extra['center'], step)
       value, mean['center'] = distil(of_head(params, e) if prototypes else e, t, extra['center'], step)
       terms['dino_loss'] = (loss.xray, value)
+      metrics |= divergence(terms, metrics)
     if loss.recon_xray:
+      metrics['collapse/blur_recon_xray'] = reconstruction.blurred_mse(rows['xray'])
       terms['recon_xray_loss'] = (loss.recon_xray, rebuilt(r, rows['xray'], mask))
     if more.koleo:
       terms['koleo_loss'] = (more.koleo, apart(e))
@@ -285,6 +294,13 @@ def embedding_health(e):
   """Scalars of embeddings [B, 2, E]."""
   flat = jax.lax.stop_gradient(e.reshape(-1, e.shape[-1]))
   return {'collapse/feature_std': collapse.feature_std(flat), 'collapse/rankme': collapse.rankme(flat)}
+
+
+def divergence(terms, metrics) -> dict:
+  """What the cross-entropy of the two views has beside the teacher's own entropy: the mean of KL(teacher | student)."""
+  if 'dino_loss' not in terms or 'collapse/teacher_entropy' not in metrics:
+    return {}
+  return {'collapse/kl': terms['dino_loss'][1] - metrics['collapse/teacher_entropy']}
 
 
 def check_terms(loss, phases) -> None:

@@ -1,0 +1,155 @@
+"""Each disease has its own name, from rows that show it; a run of the demo shows none."""
+import json
+import logging
+import math
+
+import numpy as np
+import pytest
+
+from configs import unimiss_plus
+from tests.e2e import tiny
+from unimiss_jax import health, sharding, train
+from unimiss_jax.methods import base
+
+HEALTHY = {'train/loss': 2., 'train/grad_norm': 1., 'train/update_norm_rest': .01, 'train/lr': 1e-3, 'train/skipped': 0,
+           'train/momentum': .996, 'data/flat_views': 0., 'data/wait_frac': .01, 'collapse/teacher_entropy': 3.,
+           'collapse/batch_entropy': 3.5, 'collapse/feature_std': .3, 'collapse/rankme': 5., 'train/nce_loss': 1.,
+           'train/pair_nce_loss': .8}
+K = 256
+CHANCE = {'ct': {'train/nce_loss': math.log(15), 'train/pair_nce_loss': math.log(8)}}
+DISEASES = {
+    'not finite': {'train/skipped': 1, 'train/loss': None, 'train/grad_norm': None},
+    'empty views': {'data/flat_views': .9},
+    'frozen student': {'train/update_norm_rest': 0., 'train/update_norm_3d': .1},
+    'frozen teacher': {'train/momentum': 1.},
+    'uniform teacher': {'collapse/teacher_entropy': math.log(K) - .001, 'collapse/batch_entropy': math.log(K)},
+    'one prototype': {'collapse/teacher_entropy': .01, 'collapse/batch_entropy': .02},
+    'dead features': {'collapse/feature_std': 1e-5, 'collapse/rankme': 1.},
+    'exploding gradient': {'train/grad_norm': 1e3},
+    'pairs do not match': {'train/pair_nce_loss': 2.1},
+    'data starvation': {'data/wait_frac': .6},
+}
+
+
+@pytest.fixture(scope='module')
+def config():
+  c = unimiss_plus.get_config('phantom')
+  c.unlock()
+  c.head.out_dim, c.steps = K, 1000
+  return c
+
+
+def rows(n=20, sick=None, ill=health.LAST, **more):
+  """n rows of a healthy run, of which the last `ill` have the values of `sick`."""
+  out = [{'step': 20 * i, 'phase': 'ct'} | HEALTHY | more for i in range(n)]
+  return [r | (sick if i >= n - ill else {}) for i, r in enumerate(out)] if sick else out
+
+
+def names(found):
+  return [f.disease for f in found]
+
+
+def test_a_healthy_run(config):
+  found = health.findings(rows(), config, CHANCE)
+  assert not found
+  assert health.line(400, found, rows()) == 'HEALTH step 400: healthy (entropy 3, rankme 5, feature std 0.3)'
+
+
+@pytest.mark.parametrize('disease', DISEASES)
+def test_a_disease_has_its_name_evidence_and_remedy(disease, config):
+  found = health.findings(rows(sick=DISEASES[disease]), config, CHANCE)
+  assert names(found) == [disease]
+  told = health.line(400, found, rows())
+  assert told.startswith(f'HEALTH step 400: {disease}: ct: ') and '. FIX: ' in told
+
+
+@pytest.mark.parametrize('disease', [d for d in DISEASES if d != 'not finite'])
+def test_one_odd_row_is_no_disease(disease, config):
+  assert not health.findings(rows(sick=DISEASES[disease], ill=1), config, CHANCE)
+
+
+def test_levels_come_from_the_config(config):
+  """The entropy that is uniform among 256 prototypes is not among 65,536."""
+  wide = config.copy_and_resolve_references()
+  wide.head.out_dim = 65536
+  assert not health.findings(rows(sick=DISEASES['uniform teacher']), wide, CHANCE)
+
+
+def test_losses_may_stand_at_chance_at_first_and_the_teacher_still_at_the_end(config):
+  assert not health.findings(rows(4, sick=DISEASES['pairs do not match']), config, CHANCE)
+  assert not health.findings(rows(51, sick=DISEASES['frozen teacher']), config, CHANCE)
+
+
+def test_causes_come_before_effects(config):
+  found = health.findings(rows(sick=DISEASES['data starvation'] | DISEASES['dead features'] | DISEASES['empty views']),
+                          config, CHANCE)
+  assert names(found) == ['empty views', 'dead features', 'data starvation']
+  assert health.line(1, found, []).endswith('(and: dead features, data starvation)')
+
+
+# ---- provoked
+
+
+def verdict(caplog):
+  return next(r.message for r in reversed(caplog.records) if r.message.startswith('HEALTH'))
+
+
+def run(folder, caplog, **leaves):
+  caplog.set_level(logging.INFO)
+  assert train.train_and_evaluate(tiny.config(**({'log.health_every': 8, 'eval.tasks': ()} | leaves)), str(folder)) == 0
+  return verdict(caplog)
+
+
+def test_a_student_that_does_not_learn(tmp_path, caplog):
+  assert 'HEALTH step 8: frozen student' in run(tmp_path, caplog, **{'optim.lr': 0., 'optim.min_lr': 0.})
+
+
+def test_a_broken_record_is_named_and_its_batch_kept(tmp_path, caplog, monkeypatch):
+  """One voxel of one X-ray is no number."""
+  give = sharding.to_devices
+
+  def broken(batch, mesh):
+    if 'xray' in batch:
+      x = batch['xray']['xray'] = batch['xray']['xray'].copy()
+      x[3, 0, 5, 5] = np.nan
+    return give(batch, mesh)
+  monkeypatch.setattr(sharding, 'to_devices', broken)
+  told = run(tmp_path, caplog, **{'optim.max_skipped': 99})
+  assert 'HEALTH step 8: not finite: xray' in told
+  said = [r.message for r in caplog.records if 'step skipped' in r.message]
+  kept = sorted((tmp_path / 'nan').glob('*.npz'), key=lambda p: int(p.stem))
+  assert [p.stem for p in kept] == ['1', '3', '5', '7'] and len(said) == 4
+  with np.load(kept[0]) as batch:
+    assert np.isnan(batch['xray/xray'][3, 0, 5, 5]).all() and batch['xray/id'].shape == (8,)
+    assert f'xray: records that are not finite themselves {batch["xray/id"][3]}; batch in nan/1.npz' in said[0]
+  assert 'first in the gradient of backbone/' in said[0]
+  row = next(r for r in map(json.loads, (tmp_path / 'metrics.jsonl').read_text().splitlines()) if r['step'] == 1)
+  assert row['train/skipped'] == 1 and 'train/bad_tensor' not in row
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('leaves, disease', [
+    ({'ema.momentum': 1.}, 'frozen teacher'),
+    ({'views.xray.brightness': 0., 'views.xray.gamma': (60., 60.), 'views.xray.gamma_p': (1., 1.), 'phases.ct': 0},
+     'empty views'),
+    ({'loss.shuffle_pairs': True, 'steps': 60, 'log.health_every': 60}, 'pairs do not match'),
+], ids=['momentum', 'gamma', 'shuffled'])
+def test_provoked_diseases(leaves, disease, tmp_path, caplog):
+  assert disease in run(tmp_path, caplog, **leaves)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('seed', range(3))
+def test_the_demo_is_healthy(seed, tmp_path, caplog):
+  c = unimiss_plus.get_config('phantom')
+  c.unlock()
+  c.seed, c.steps, c.eval.tasks = seed, 380, ()
+  caplog.set_level(logging.INFO)
+  assert train.train_and_evaluate(c, str(tmp_path)) == 0
+  told = [r.message for r in caplog.records if r.message.startswith('HEALTH')]
+  assert len(told) == 2 and all('healthy' in t for t in told), told
+
+
+def test_metrics_of_the_method(config):
+  """The names that the verdict reads are those that the method writes."""
+  assert set(CHANCE['ct']) <= set(base.make(config, {'ct': (96, {}), 'xray': (96, {})}).phases['ct'].chance)

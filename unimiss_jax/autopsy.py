@@ -1,0 +1,53 @@
+"""A step that is not finite: which tensor broke first, which records were in its batch, and the batch on disk."""
+from __future__ import annotations
+
+import pathlib
+
+import jax
+import numpy as np
+
+from unimiss_jax.optim import named_leaves
+
+KEPT = 10      # batches on disk of one run; the first ones tell most
+
+
+def report(folder, step: int, batch: dict, params, bad_tensor: int) -> str:
+  """Writes nan/<step>.npz below `folder` (None: nothing is written) and says what is known, in one line.
+
+  Args:
+    batch: {stream: {field: global array}}; of rows on other processes nothing is said.
+    bad_tensor: number among named_leaves(params) of the first gradient that is not finite, -1 = none.
+  """
+  rows = {s: {k: local(x) for k, x in fields.items()} for s, fields in batch.items()}
+  told = [f'first in the gradient of {list(named_leaves(params))[bad_tensor]}' if bad_tensor >= 0 else
+          'the loss alone']
+  for stream, fields in rows.items():
+    broken = broken_rows(fields)
+    ids = fields['id'][broken] if broken.any() else fields['id']
+    what = 'records that are not finite themselves' if broken.any() else 'all finite, records'
+    told.append(f'{stream}: {what} {", ".join(map(str, ids[:8]))}' + (' ...' if len(ids) > 8 else ''))
+  if folder is not None:
+    place = pathlib.Path(folder) / 'nan'
+    place.mkdir(exist_ok=True)
+    if len(list(place.glob('*.npz'))) < KEPT:
+      with (place / f'{step}.npz').open('wb') as f:
+        np.savez(f, **{f'{s}/{k}': x for s, fields in rows.items() for k, x in fields.items()})
+      told.append(f'batch in nan/{step}.npz')
+  return '; '.join(told)
+
+
+def local(x) -> np.ndarray:
+  """The rows of a global array that lie on the devices of this process, in order."""
+  if not isinstance(x, jax.Array):
+    return np.asarray(x)
+  parts = {(s.index[0].start or 0) if s.index else 0: s.data for s in x.addressable_shards}
+  return np.concatenate([np.atleast_1d(parts[start]) for start in sorted(parts)])
+
+
+def broken_rows(fields) -> np.ndarray:
+  """[B]: whether a number of the row is not finite."""
+  out = np.zeros(len(fields['id']), bool)
+  for x in fields.values():
+    if np.issubdtype(x.dtype, np.inexact):
+      out |= ~np.isfinite(x.reshape(len(x), -1)).all(1)
+  return out

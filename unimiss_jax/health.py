@@ -1,0 +1,147 @@
+"""Is this run healthy? The disease by name, the evidence and the knob to turn, from rows of metrics.jsonl alone.
+
+Thresholds are chosen by us on runs of the phantom presets, healthy ones and provoked diseases (tests/test_health.py);
+where a level is known (ln K, chance, a still teacher) it comes from the config, never from a constant. Only what lasts
+counts: of the last rows of a phase all must show it, so that one odd batch makes no disease.
+"""
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+LAST = 3            # rows of a phase that must agree
+KEPT = 400          # rows that are looked at, of all phases
+EARLY = .1          # share of the run in which losses may still stand at chance
+NEAR_UNIFORM = .02  # of ln K
+ONE = .05           # of ln K: entropy of the mean over a batch
+DEAD_STD, DEAD_RANK = 1e-3, 1.02
+STILL = 1e-7        # norm of an update
+SPIKE = 20.         # times the median gradient norm before
+STARVED = .2        # share of the time spent waiting for data
+FLAT = .5           # share of views that show nothing
+
+
+class Finding(NamedTuple):
+  """disease: short name; evidence: what was seen; remedy: the knob."""
+  disease: str
+  evidence: str
+  remedy: str
+
+
+def findings(rows: list[dict], config, chance: dict[str, dict[str, float]]) -> list[Finding]:
+  """What is wrong, causes before their effects; [] = healthy.
+
+  Args:
+    rows: of metrics.jsonl, in order.
+    config: of the run.
+    chance: {phase: {metric: value for a network that tells nothing apart}}.
+  """
+  of = {p: [r for r in rows if r.get('phase') == p] for p in chance}
+  return [f for check in CHECKS for phase, mine in of.items() if len(mine) >= LAST
+          for f in check(phase, mine, config, chance[phase])]
+
+
+def line(step: int, found: list[Finding], rows: list[dict]) -> str:
+  """'HEALTH step 400: ...', one line for a log."""
+  if found:
+    more = f' (and: {", ".join(f.disease for f in found[1:])})' if len(found) > 1 else ''
+    return f'HEALTH step {step}: {found[0].disease}: {found[0].evidence}. FIX: {found[0].remedy}{more}'
+  last = {k: v for r in rows for k, v in r.items()}
+  shown = [f'{name} {last[key]:.3g}' for name, key in (
+      ('entropy', 'collapse/teacher_entropy'), ('rankme', 'collapse/rankme'), ('feature std', 'collapse/feature_std'))
+           if key in last]
+  return f'HEALTH step {step}: healthy' + (f' ({", ".join(shown)})' if shown else '')
+
+
+def _last(rows, key) -> list[float]:
+  """Values of the last rows; [] unless all have one."""
+  values = [r.get(key) for r in rows[-LAST:]]
+  return [] if None in values else values
+
+
+def not_finite(phase, rows, config, chance):
+  if any(r.get('train/skipped') for r in rows[-LAST:]):
+    n = sum(bool(r.get('train/skipped')) for r in rows)
+    yield Finding('not finite', f'{phase}: loss or gradient of step {rows[-1]["step"]} or before is not finite, {n} '
+                  'steps skipped', 'look at nan/ for the records; lower optim.lr or set optim.clip')
+
+
+def flat_input(phase, rows, config, chance):
+  share = _last(rows, 'data/flat_views')
+  if share and min(share) > FLAT:
+    yield Finding('empty views', f'{phase}: {min(share):.0%} of the views show the same value everywhere',
+                  'look at the input sheets; check views.* (scale, mul, gamma) and the intensities of the data')
+
+
+def still_student(phase, rows, config, chance):
+  keys = [k for k in rows[-1] if k.startswith('train/update_norm_') and not k.endswith(('_3d', '_last_layer'))]
+  moves = [v for k in keys for v in _last(rows, k)]
+  if moves and max(moves) < STILL:
+    yield Finding('frozen student', f'{phase}: the largest change of the weights in a step is {max(moves):.1g}',
+                  f'raise optim.lr (now {rows[-1].get("train/lr", float("nan")):.1g}); check what is frozen')
+
+
+def still_teacher(phase, rows, config, chance):
+  momentum = _last(rows, 'train/momentum')
+  if momentum and min(momentum) >= 1 and rows[-1]['step'] < .99 * _steps(config, rows):
+    yield Finding('frozen teacher', f'{phase}: the momentum of the teacher is {momentum[-1]:g}, it never follows',
+                  'set ema.momentum below 1, .99 for short runs to .9995 for long ones')
+
+
+def uniform_teacher(phase, rows, config, chance):
+  levels, entropy = math.log(config.head.out_dim), _last(rows, 'collapse/teacher_entropy')
+  if entropy and min(entropy) > (1 - NEAR_UNIFORM) * levels:
+    yield Finding('uniform teacher', f'{phase}: teacher entropy {entropy[-1]:.3f} of ln {config.head.out_dim} = '
+                  f'{levels:.3f}', 'lower loss.teacher_temp or head.out_dim, check loss.center_momentum')
+
+
+def one_prototype(phase, rows, config, chance):
+  entropy = _last(rows, 'collapse/batch_entropy')
+  if entropy and max(entropy) < ONE * math.log(config.head.out_dim):
+    yield Finding('one prototype', f'{phase}: entropy of the mean over a batch {entropy[-1]:.3f}: all samples choose '
+                  'the same', 'raise loss.teacher_temp, lower loss.center_momentum; lower optim.lr')
+
+
+def dead_features(phase, rows, config, chance):
+  std, rank = _last(rows, 'collapse/feature_std'), _last(rows, 'collapse/rankme')
+  if std and max(std) < DEAD_STD or rank and max(rank) < DEAD_RANK:
+    yield Finding('dead features', f'{phase}: embeddings do not differ between samples (std '
+                  f'{std[-1] if std else float("nan"):.1g}, effective rank {rank[-1] if rank else float("nan"):.2f})',
+                  'lower optim.lr; model.init=fan_in, model.final_norm=True, head.batch_standardize=True')
+
+
+def exploding(phase, rows, config, chance):
+  norms = [r['train/grad_norm'] for r in rows if r.get('train/grad_norm') is not None]
+  if len(norms) > 2 * LAST:
+    before = sorted(norms[:-LAST])[(len(norms) - LAST) // 2]
+    if min(norms[-LAST:]) > SPIKE * before:
+      yield Finding('exploding gradient', f'{phase}: gradient norm {norms[-1]:.3g}, median before {before:.3g}',
+                    'lower optim.lr, set optim.clip=1, lengthen optim.warmup_epochs')
+
+
+def at_chance(phase, rows, config, chance):
+  """Pairs that are none: long after the start the network cannot tell them apart."""
+  if rows[-1]['step'] < EARLY * _steps(config, rows):
+    return
+  for key in ('train/nce_loss', 'train/pair_nce_loss'):
+    values = _last(rows, key)
+    if values and key in chance and min(values) >= .98 * chance[key]:
+      what = 'a CT and its DRR' if 'pair' in key else 'two views of one sample'
+      yield Finding('pairs do not match', f'{phase}: {key[6:]} {values[-1]:.3f}, chance {chance[key]:.3f}: {what} '
+                    'cannot be told from those of others', 'check that they belong together; weaken views.*, raise '
+                    'batch.* or optim.lr')
+
+
+def starved(phase, rows, config, chance):
+  wait = _last(rows, 'data/wait_frac')
+  if wait and min(wait) > STARVED:
+    yield Finding('data starvation', f'{phase}: {min(wait):.0%} of the time is spent waiting for data',
+                  'raise data.workers, prepare the data, data.views_per_read, or data.place=device')
+
+
+CHECKS = (not_finite, flat_input, still_student, still_teacher, one_prototype, uniform_teacher, dead_features,
+          exploding, at_chance, starved)      # the cause before its effects
+
+
+def _steps(config, rows) -> int:
+  return config.steps or rows[-1]['step'] + 1
