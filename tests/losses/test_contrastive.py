@@ -1,10 +1,12 @@
-"""InfoNCE and NT-Xent against sums written out in numpy, reference gradients, and their own sharded form."""
+"""InfoNCE, SigLIP and NT-Xent against sums written out in numpy, reference gradients, and their own sharded forms."""
+import re
+
 import jax
 import numpy as np
 import pytest
 from jax.sharding import AxisType, PartitionSpec
 
-from unimiss_jax.losses import contrastive
+from unimiss_jax.losses import contrastive, ring
 
 RNG = np.random.default_rng(0)
 
@@ -54,35 +56,98 @@ def test_info_nce_written_out(rows):
   np.testing.assert_allclose(value, info_nce_numpy(image, text, 1.5, valid, positive), rtol=1e-5)
 
 
-@pytest.mark.realdata
-@pytest.mark.parametrize('case, options', [
-    ('infonce', ()), ('infonce_valid', ('valid',)), ('multipos', ('report_id',))])
-def test_info_nce_equals_the_torch_reference(shared, case, options):
-  fixture = np.load(shared / 'fixtures' / 'unimedi' / 'contrastive.npz')
-  options = {k: fixture[k] for k in options}
-  with jax.enable_x64(True):
-    value, grads = jax.value_and_grad(lambda *a: contrastive.info_nce(*a, **options), argnums=(0, 1))(
-        fixture['img_raw'], fixture['txt_raw'], fixture['log_scale'])
-  np.testing.assert_allclose(value, fixture[f'{case}_loss'], rtol=1e-10)
-  for grad, name in zip(grads, ('dimg', 'dtxt')):
-    np.testing.assert_allclose(grad, fixture[f'{case}_{name}'], rtol=0, atol=1e-10)
+CASES = {'infonce': (), 'infonce_valid': ('valid',), 'multipos': ('report_id',), 'siglip': ()}
 
 
-@pytest.mark.parametrize('devices', [2, 4])
-def test_info_nce_over_devices_is_the_global_one(devices):
-  """Loss and gradients of the gathered form equal the unsharded ones: negatives are global, no gradient is lost."""
-  mesh = jax.make_mesh((devices,), ('data',), axis_types=(AxisType.Auto,))
-  image, text = RNG.standard_normal((2, 8, 5))
-  valid, report = np.arange(8) != 3, np.array([0, 1, 2, 3, 0, 5, 1, 7])
-  rows = PartitionSpec('data')
-  with jax.enable_x64(True):
-    local = lambda i, t, s, v, r: contrastive.info_nce(i, t, s, v, r, axis_name='data')
-    sharded = jax.shard_map(local, mesh=mesh, in_specs=(rows, rows, PartitionSpec(), rows, rows),
+@pytest.fixture(scope='module')
+def reference(fixtures):
+  return np.load(fixtures / 'unimedi' / 'contrastive.npz')
+
+
+def loss_of(case, form=contrastive, **more):
+  """(inputs, loss of them, names of the gradients by input) of a case of the reference."""
+  if case == 'siglip':
+    return (np.log(10.), -10.), lambda i, t, s, b, **o: form.siglip(i, t, s, b, **o, **more), (
+        'dimg', 'dtxt', 'dtprime', 'db')
+  return (np.log(1 / .07),), lambda i, t, s, **o: form.info_nce(i, t, s, **o, **more), ('dimg', 'dtxt', 'dlogscale')
+
+
+@pytest.mark.parametrize('case', CASES)
+@pytest.mark.parametrize('double', [False, True])
+def test_losses_and_gradients_equal_the_torch_reference(reference, case, double):
+  scalars, loss, names = loss_of(case)
+  options = {k: reference[k] for k in CASES[case]}
+  dtype, rtol = (np.float64, 1e-10) if double else (np.float32, 1e-5)
+  with jax.enable_x64(double):
+    given = [np.asarray(x, dtype) for x in (reference['img_raw'], reference['txt_raw'], *scalars)]
+    value, grads = jax.value_and_grad(lambda *a: loss(*a, **options), argnums=tuple(range(len(given))))(*given)
+  np.testing.assert_allclose(value, reference[f'{case}_loss'], rtol=rtol)
+  for grad, name in zip(grads, names):
+    if f'{case}_{name}' in reference:
+      want = reference[f'{case}_{name}']
+      np.testing.assert_allclose(grad, want, rtol=rtol, atol=rtol * abs(want).max(), err_msg=name)
+
+
+def test_rows_that_are_not_valid_count_as_absent_whatever_they_hold(reference):
+  """SigLIP of the valid rows alone is that of all rows with the others masked; even where those are not numbers."""
+  image, text = reference['img_raw'].astype(np.float32), reference['txt_raw'].astype(np.float32)
+  valid = reference['valid']
+  spoiled = [np.where(valid[:, None], x, np.nan) for x in (image, text)]
+  for case in ('siglip', 'infonce'):
+    scalars, loss, _ = loss_of(case)
+    want, of_rows = jax.value_and_grad(lambda i, loss=loss, s=scalars: loss(i, text[valid], *s))(image[valid])
+    got, grad = jax.value_and_grad(lambda i, loss=loss, s=scalars: loss(i, spoiled[1], *s, valid=valid))(spoiled[0])
+    np.testing.assert_allclose(got, want, rtol=1e-6)
+    np.testing.assert_allclose(grad[valid], of_rows, rtol=1e-4, atol=1e-6)
+    np.testing.assert_array_equal(grad[~valid], 0)
+    empty, grad = jax.value_and_grad(lambda i, loss=loss, s=scalars: loss(i, text, *s, valid=np.zeros(12, bool)))(image)
+    assert empty == 0 and not np.asarray(grad).any()
+
+
+@pytest.mark.parametrize('form', ['gathered', 'ring'])
+@pytest.mark.parametrize('devices', [4, *(pytest.param(n, marks=pytest.mark.slow) for n in (2, 3, 6))])
+def test_losses_over_devices_are_the_global_ones(reference, devices, form):
+  """Loss and gradients equal the unsharded ones: negatives are global, no gradient is lost on the way."""
+  mesh = jax.make_mesh((devices,), ('data',), axis_types=(AxisType.Auto,), devices=jax.devices()[:devices])
+  order = np.random.default_rng(devices).permutation(12)      # rows may lie on any device
+  rows = {k: reference[k][order] for k in ('img_raw', 'txt_raw', 'valid', 'report_id')}
+
+  def gradients(case):
+    scalars, loss, _ = loss_of(case, ring if form == 'ring' else contrastive, axis_name='data')
+    local = lambda r, *s: loss(r['img_raw'], r['txt_raw'], *s, **{k: r[k] for k in CASES[case]})
+    sharded = jax.shard_map(local, mesh=mesh, in_specs=(PartitionSpec('data'), *[PartitionSpec()] * len(scalars)),
                             out_specs=PartitionSpec())
-    want = jax.value_and_grad(contrastive.info_nce, argnums=(0, 1, 2))(image, text, 1.5, valid, report)
-    got = jax.jit(jax.value_and_grad(sharded, argnums=(0, 1, 2)))(image, text, 1.5, valid, report)
-  for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want)):
-    np.testing.assert_allclose(a, b, rtol=0, atol=1e-12)
+    given = rows['img_raw'], rows['txt_raw'], *scalars
+    return jax.value_and_grad(lambda i, t, *s: sharded(rows | {'img_raw': i, 'txt_raw': t}, *s),
+                              argnums=tuple(range(len(given))))(*given)
+  with jax.enable_x64(True):
+    found = jax.jit(lambda: {case: gradients(case) for case in CASES})()
+  for case, (value, grads) in found.items():
+    np.testing.assert_allclose(value, reference[f'{case}_loss'], rtol=1e-10)
+    for grad, name in zip(grads, loss_of(case)[2]):
+      if f'{case}_{name}' in reference:
+        want = reference[f'{case}_{name}']
+        np.testing.assert_allclose(grad, want[order] if want.ndim else want, rtol=0, atol=1e-12, err_msg=name)
+
+
+@pytest.mark.parametrize('case', ['infonce', 'siglip'])
+def test_no_device_of_a_ring_holds_all_logits_of_its_rows(case):
+  """Compiled shapes: blocks of [rows a device, rows a device], where the gathered form has [rows a device, rows]."""
+  n, devices = 60, 4
+  mesh = jax.make_mesh((devices,), ('data',), axis_types=(AxisType.Auto,), devices=jax.devices()[:devices])
+  scalars = loss_of(case)[0]
+
+  def shapes(form):
+    _, loss, _ = loss_of(case, form, axis_name='data')
+    f = jax.shard_map(lambda i, t: loss(i, t, *scalars), mesh=mesh, in_specs=PartitionSpec('data'),
+                      out_specs=PartitionSpec())
+    x = jax.ShapeDtypeStruct((n, 3), np.float32)
+    text = jax.jit(jax.grad(f, (0, 1))).lower(x, x).compile().as_text()
+    return {tuple(map(int, s.split(','))) for s in re.findall(r'f32\[([\d,]+)\]', text)}
+  full, of_ring = shapes(contrastive), shapes(ring)
+  assert any(sorted(s) == [n // devices, n] for s in full)
+  assert any(sorted(s) == [n // devices] * 2 for s in of_ring)
+  assert max(np.prod(s) for s in of_ring) <= (n // devices)**2
 
 
 def test_standardize():

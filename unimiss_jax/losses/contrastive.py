@@ -1,5 +1,6 @@
-"""Contrastive losses: symmetric InfoNCE of pairs (CLIP, Radford et al. 2021) and NT-Xent of two views (SimCLR, Chen
-et al. 2020). Under plain `jit` every row of the global batch is a negative, however the batch is sharded."""
+"""Contrastive losses: symmetric InfoNCE of pairs (CLIP, Radford et al. 2021), SigLIP, and NT-Xent of two views (SimCLR,
+Chen et al. 2020). Under plain `jit` every row of the global batch is a negative, however the batch is sharded; with
+axis_name under `shard_map` they are gathered; for batches whose logits [B / devices, B] do not fit: `ring.py`."""
 from __future__ import annotations
 
 import jax
@@ -50,27 +51,56 @@ def info_nce(image, text, log_scale, valid=None, report_id=None, axis_name=None)
   Returns:
     Scalar.
   """
-  image, text = _unit(image), _unit(text)
-  b = len(image)
-  valid = jnp.ones(b, bool) if valid is None else valid
-  if axis_name is None:
-    gather, total, first = (lambda x: x), (lambda x: x), 0
-  else:
-    gather = lambda x: jax.lax.all_gather(x, axis_name, tiled=True)
-    total, first = lambda x: jax.lax.psum(x, axis_name), jax.lax.axis_index(axis_name) * b
+  image, text, valid = unit_rows(image, text, valid)
+  gather, total, first = _over(axis_name, len(image))
   candidates = gather(valid)
   if report_id is None:
-    positive = first + jnp.arange(b)[:, None] == jnp.arange(len(candidates))
+    positive = first + jnp.arange(len(image))[:, None] == jnp.arange(len(candidates))
   else:
     positive = report_id[:, None] == gather(report_id)
   positive &= candidates
   scale = jnp.exp(log_scale)
 
   def one_way(queries, keys):
-    scores = jnp.where(candidates, scale * queries @ gather(keys).T, -jnp.inf)
+    scores = scale * queries @ gather(keys).T
+    scores = jnp.where(candidates, scores, jnp.finfo(scores.dtype).min)      # finite: a batch may have no valid row
     log_p = jnp.where(positive, jax.nn.log_softmax(scores), 0).sum(-1) / jnp.maximum(positive.sum(-1), 1)
     return total(-jnp.where(valid, log_p, 0).sum()) / jnp.maximum(total(valid.sum()), 1)
   return (one_way(image, text) + one_way(text, image)) / 2
+
+
+def siglip(image, text, log_scale, bias, valid=None, axis_name=None):
+  """SigLIP (Zhai et al. 2023): every pair of the batch is a yes-or-no question of its own.
+
+  Args:
+    image, text, log_scale, valid, axis_name: as in `info_nce`.
+    bias: added to the logits; -10 at the start, so that the many negatives do not dominate.
+
+  Returns:
+    Scalar: minus the sum of log sigmoid(+-(scale * cosine + bias)) over all pairs, divided by the number of valid rows.
+  """
+  image, text, valid = unit_rows(image, text, valid)
+  gather, total, first = _over(axis_name, len(image))
+  n = len(gather(valid))
+  logits = jnp.exp(log_scale) * image @ gather(text).T + bias
+  own = first + jnp.arange(len(image))[:, None] == jnp.arange(n)
+  log_p = jnp.where(valid[:, None] & gather(valid), jax.nn.log_sigmoid(jnp.where(own, logits, -logits)), 0)
+  return -total(log_p.sum()) / jnp.maximum(total(valid.sum()), 1)
+
+
+def unit_rows(image, text, valid):
+  """Rows of length 1, never narrower than float32, and which are valid; the others become 0, whatever they held."""
+  valid = jnp.ones(len(image), bool) if valid is None else valid.astype(bool)
+  image, text = (_unit(jnp.where(valid[:, None], x, 0)) for x in (image, text))
+  return image, text, valid
+
+
+def _over(axis_name, rows: int):
+  """(gather from all devices, sum over all devices, index of this device's first row)."""
+  if axis_name is None:
+    return (lambda x: x), (lambda x: x), 0
+  return (lambda x: jax.lax.all_gather(x, axis_name, tiled=True), lambda x: jax.lax.psum(x, axis_name),
+          jax.lax.axis_index(axis_name) * rows)
 
 
 def _unit(x):
