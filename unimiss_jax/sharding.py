@@ -65,7 +65,7 @@ def fsdp(x, mesh) -> P:
 RULES = (                                   # first match wins; moments and teacher end like their parameter
     (r'(^|/)(step|count|skipped|bad)$', P()),
     (r'(^|/)(scale|bias|weight_g)$', P()),
-    (r'(^|/)(kernel|weight_v)$', fsdp),
+    (r'(^|/)(kernel|weight_v|embedding)$', fsdp),
     (r'(pos_embed|PosEmbed|cls_tokens)', fsdp),
     (r'(^|/)center$', P()),
 )

@@ -35,7 +35,7 @@ def param_shapes(model: nn.Module) -> dict:
   init = nn.init(type(model).__call__, model)      # not model.init: that may be a field
   leaves = {}
   for shape in model.input_shapes():
-    x = jax.ShapeDtypeStruct(shape, jnp.float32)
+    x = jax.ShapeDtypeStruct(shape, getattr(model, 'input_dtype', jnp.float32))
     leaves |= flatten_dict(jax.eval_shape(init, jax.random.key(0), x)['params'])
   return dict(sorted(leaves.items()))
 
