@@ -68,8 +68,8 @@ def read(path, length: int, lowercase: bool = True, size: int | None = None) -> 
     size: rows of the network's table of words, where it is known.
 
   Raises:
-    DataError: UNREADABLE, ZERO_BYTES; VOCABULARY: not a vocabulary, or not of this size; CASING: case is to be kept, and
-      the vocabulary has none.
+    DataError: UNREADABLE, ZERO_BYTES; VOCABULARY: not a vocabulary, or not of this size; CASING: case is to be kept,
+      and the vocabulary has none.
   """
   try:
     vocabulary = files.read_bytes(path).decode('utf-8').splitlines()
