@@ -66,7 +66,7 @@ RULES = (                                   # first match wins; moments and teac
     (r'(^|/)(step|count|skipped|bad)$', P()),
     (r'(^|/)(scale|bias|weight_g)$', P()),
     (r'(^|/)(kernel|weight_v|embedding)$', fsdp),
-    (r'(pos_embed|PosEmbed|cls_tokens)', fsdp),
+    (r'(pos_embed|PosEmbed|cls_tokens|_table|class_token|mask_token)', fsdp),
     (r'(^|/)center$', P()),
 )
 

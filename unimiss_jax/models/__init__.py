@@ -7,8 +7,10 @@ import jax.numpy as jnp
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from unimiss_jax.models.mit import MiTPlus
+from unimiss_jax.models.vit import ViT
 
-BACKBONES = {'mit_plus': MiTPlus}
+BACKBONES = {'mit_plus': MiTPlus, 'vit_b16': ViT, 'vit_tiny': ViT}
+SIZES = {'vit_tiny': dict(embed_dims=(192,), num_heads=(3,))}      # of what is no default; Touvron et al. 2021
 
 
 def build(config) -> nn.Module:
@@ -27,7 +29,7 @@ def build(config) -> nn.Module:
   known = set(BACKBONES[name].__dataclass_fields__) - {'parent', 'name'}
   if unknown := set(fields) - known:
     raise ValueError(f'model.{min(unknown)} is no field of {name}; known are {", ".join(sorted(known))}')
-  return BACKBONES[name](**{**fields, 'dtype': jnp.dtype(fields.get('dtype', 'float32'))})
+  return BACKBONES[name](**{**SIZES.get(name, {}), **fields, 'dtype': jnp.dtype(fields.get('dtype', 'float32'))})
 
 
 def param_shapes(model: nn.Module) -> dict:

@@ -131,6 +131,12 @@ def drop_path(x, rate: float, keys):
   return x * (keep / (1 - rate)).astype(x.dtype).reshape(-1, *(1,) * (x.ndim - 1))
 
 
+def class_row(q, k):
+  """What the first token looks at: q [B, H, D], k [B, N, H, D] -> softmax of q . k / sqrt(D), [B, H, N]."""
+  scores = jnp.einsum('bhd,bkhd->bhk', q * q.shape[-1]**-0.5, k, preferred_element_type=wide(q.dtype))
+  return nn.softmax(scores)
+
+
 class Attention(nn.Module):
   """Multi-head attention whose keys and values come from spatially reduced tokens.
 
@@ -155,6 +161,8 @@ class Attention(nn.Module):
       x = jnp.concatenate([x[:, :first], maps.reshape(b, -1, c)], 1)
       x = layer_norm(1e-5, self.dtype, 'norm')(x)
     k, v = jnp.moveaxis(dense(2 * c, 'kv')(x).reshape(b, -1, 2, heads, depth), 2, 0)
+    if self.is_mutable_collection('intermediates') and not self.is_initializing():
+      self.sow('intermediates', 'class_row', class_row(q[:, 0], k))
     scores = jnp.einsum('bqhd,bkhd->bhqk', q * depth**-0.5, k, preferred_element_type=wide(self.dtype))
     y = jnp.einsum('bhqk,bkhd->bqhd', nn.softmax(scores).astype(self.dtype), v)
     return dense(c, 'proj', True)(y.reshape(b, -1, c))
