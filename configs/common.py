@@ -143,6 +143,18 @@ def base() -> ConfigDict:
   return c
 
 
+VITS = {'vit_b16': dict(embed_dims=(768,), num_heads=(12,)), 'vit_tiny': dict(embed_dims=(192,), num_heads=(3,))}
+
+
+def vit(name: str) -> ConfigDict:
+  """`model` of a ViT: of images, of volumes, of both; it has no decoder."""
+  return ConfigDict(dict(
+      name=name, **VITS[name], depths=(12,),      # one stage: (width,), (heads,), (blocks,)
+      mlp_ratio=4, patch=16, patch_depth=4,       # a token: 16 x 16 pixels, of volumes 4 slices of them
+      in_channels=(3, 1), image_size=224, volume_size=(32, 128, 128), encoder_drop_path=0., init='released',
+      dtype='float32', remat=''))                 # as above; remat: '' | blocks | all
+
+
 def image_views(scale) -> dict:
   """Augmentation of a 2D view; `scale` = crop area as a share of the image."""
   return dict(

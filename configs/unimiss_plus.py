@@ -14,6 +14,8 @@ presets
   plain     the losses, schedule and augmentation of the released UniMiSS+ code with its defects
             mended; 63.3 M parameters, made for accelerators.
   reference what the released code computes, defects included, to compare against it.
+
+`:plain,model=vit_b16` (or vit_tiny) takes a ViT as backbone, without reconstruction.
 """
 from ml_collections import ConfigDict
 
@@ -23,11 +25,13 @@ PRESETS = ('phantom', 'plain', 'reference', 'phantom_long', 'pod')
 
 
 def get_config(arg: str | None = None) -> ConfigDict:
-  preset, _ = common.parse_arg(arg, PRESETS)
+  preset, given = common.parse_arg(arg, PRESETS, model='mit_plus')
   config = plain()
   config.preset = preset
   if preset != 'plain':
     {'phantom': phantom, 'reference': reference, 'phantom_long': phantom_long, 'pod': pod}[preset](config)
+  if given['model'] != 'mit_plus':
+    vit(config, given['model'])
   return config.lock()
 
 
@@ -115,3 +119,14 @@ def reference(c: ConfigDict) -> None:
   c.model.pos_interp = 'reference'
   c.loss.update(dict(center_updates='sequential', recon_minmax_eps=0.))
   c.optim.update(dict(freeze_3d='zero_grad', max_skipped=1))    # a constant crop is not a number: the run ends
+
+
+def vit(c: ConfigDict, name: str) -> None:
+  """Another backbone under the same method: a ViT has no decoder, so nothing is reconstructed."""
+  if name not in common.VITS:
+    raise ValueError(f'model={name} unknown: use mit_plus, {" or ".join(common.VITS)}')
+  model = common.vit(name)
+  model.update(dict(image_size=c.views.xray.size, volume_size=c.views.ct.size, init=c.model.init,
+                    patch_depth=min(4, c.views.ct.size[0])))
+  c.model = model
+  c.loss.update(dict.fromkeys(('recon_ct', 'recon_drr', 'recon_xray'), 0.))

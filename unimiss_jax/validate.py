@@ -206,9 +206,9 @@ def _place(config) -> None:
                       f'most {MOST_LEANING:g} there; set them lower, or data.place=host')
 
 
-def _model(config) -> None:
-  """Lengths and divisibility of the architecture; sizes of all inputs by the model's own rule."""
-  m, stages, decoder = config.model, len(config.model.depths), len(config.model.decoder_depths)
+def _pyramid(m) -> None:
+  """Lengths and divisibility of a MiT+."""
+  stages, decoder = len(m.depths), len(m.decoder_depths)
   for name, n, like in (('embed_dims', stages + 2, 'depths, and two for the stem'), ('num_heads', stages, 'depths'),
                         ('sr_ratios', stages, 'depths'), ('decoder_heads', decoder, 'decoder_depths'),
                         ('decoder_dims', decoder + 2, 'decoder_depths, and two'), ('volume_size', 3, 'D, H, W'),
@@ -222,6 +222,16 @@ def _model(config) -> None:
     for d, n in zip(m[dims][2:] if dims == 'embed_dims' else m[dims], m[heads]):
       if d % n:
         raise ConfigError(f'model.{heads}={tuple(m[heads])}: {n} heads do not divide the width {d} of model.{dims}')
+
+
+def _model(config) -> None:
+  """The architecture, and sizes of all inputs by the model's own rule."""
+  m = config.model
+  if 'decoder_depths' in m:
+    _pyramid(m)
+  elif on := [f'loss.{k}' for k in ('recon_ct', 'recon_drr', 'recon_xray') if has(config, f'loss.{k}')
+              and config.loss[k]]:
+    raise ConfigError(f'model.name={m.name} has no decoder, it reconstructs nothing: set {" and ".join(on)} to 0')
   if m.dtype == 'float64' and not jax.config.jax_enable_x64:
     raise ConfigError('model.dtype="float64" needs the environment variable JAX_ENABLE_X64=1')
   if len(config.views.ct.size) != 3:

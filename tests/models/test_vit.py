@@ -150,6 +150,7 @@ def test_sizes_are_those_of_the_field(name, count):
       f'transformer/{n}' for n in ('plane_table', 'depth_table3D', 'modality_table', 'class_token', 'mask_token')}
 
 
+@pytest.mark.slow
 def test_recomputing_blocks_changes_no_gradient(vit):
   _, params, _ = vit
 
