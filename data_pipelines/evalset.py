@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from data_pipelines import cases, draw, files, manifest, phantom, readers, sample, sources, streams
+from data_pipelines import cases, draw, files, manifest, phantom, readers, sample, sources, streams, studies
 from data_pipelines.errors import DataError
 
 HU_WINDOW, Z_WINDOW = (-1., 1.), (-2., 3.)      # of HU / 1024; of z-scores
@@ -18,6 +18,7 @@ class EvalSet(NamedTuple):
   fit: dict        # {'ct': [N] bool, 'xray': [M] bool}: what kNN may learn from
   paired: bool     # row i of all three is one patient
   name: str
+  studies: dict | None = None      # of studies.tests: images whose reports are known
 
 
 def build(config):
@@ -34,6 +35,9 @@ def build(config):
       if e.code != 'SPLIT_EMPTY' or config.eval.select:
         raise
       return None
+  if 'unimedi' in config:
+    made = studies.tests(config, config.eval.records)
+    return EvalSet(made['views'], {}, {}, False, 'phantom studies', made)
   if config.eval.knn:
     return _from_manifest(config)
   if config.data.modality == 'ct' or config.phases.xray:
@@ -100,7 +104,7 @@ def preview(config, of, n: int = 4) -> dict:
     'pixel_mm' [n, 3], size of a voxel (z, y, x) of its centre view, and 'window', what is shown as black and white.
   """
   out = {}
-  for name, stream in of.items() if 'task' not in config else ():
+  for name, stream in of.items() if not {'task', 'unimedi'} & set(config) else ():
     which = sorted({int(i) for i in np.linspace(0, stream.records - 1, n)})
     records = [stream.source[i] for i in which]
     centre = [centre_ct(r, config) if name == 'ct' else centre_xray(r, config) for r in records]

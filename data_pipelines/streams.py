@@ -13,7 +13,19 @@ from concurrent import futures
 import grain
 import numpy as np
 
-from data_pipelines import cases, device, draw, files, labelled, manifest, prepared, sample, sequences, sources
+from data_pipelines import (
+    cases,
+    device,
+    draw,
+    files,
+    labelled,
+    manifest,
+    prepared,
+    sample,
+    sequences,
+    sources,
+    studies,
+)
 from data_pipelines.errors import DataError
 
 STREAMS = ('ct', 'xray')
@@ -43,10 +55,12 @@ def build(config, names=None, shard_index: int = 0, shard_count: int = 1) -> dic
 def views(name: str, record: dict, config, rng, drr: bool = True) -> dict:
   """Two random views of a record of stream `name`: {field: [2, ...] float32}; `drr` as of sample.ct_sample.
 
-  For a task, one view and its label or mask: see cases.view.
+  For a task, one view and its label or mask: see cases.view; with reports, one view and its text: see studies.view.
   """
   if 'task' in config:
     return cases.view(name, record, config, rng)
+  if 'unimedi' in config:
+    return studies.view(name, record, config, rng)
   if name == 'xray':
     return sample.xray_sample(record, draw.xray_pair(rng, config, record['image'].shape), config)
   return sample.ct_sample(record, draw.ct_pair(rng, config, *sample.sizes(record)), config, drr)
@@ -211,6 +225,8 @@ def _source(name: str, config, listed=None):
   prepared shards, or several of them mixed."""
   if 'task' in config:
     return labelled.source(name, config)
+  if 'unimedi' in config:
+    return studies.source(name, config, listed)
   data, whole = config.data, sources.needs_whole(config)
   spec = data[name]
   if not spec and not listed:

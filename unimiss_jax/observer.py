@@ -7,7 +7,7 @@ import numpy as np
 from etils import epath
 
 from unimiss_jax import sharding
-from unimiss_jax.evals import online, supervised
+from unimiss_jax.evals import online, retrieval, supervised
 from unimiss_jax.report import sheets
 
 ROWS = 50                # samples per call of the embedding, at least; chosen by us
@@ -35,6 +35,10 @@ class Observer:
     pairs = ({k: self._apply('project', state, {k: e[:, None]})[k][:, 0] for k, e in features.items()}
              if 'project' in self._predict else features)
     values = online.run(features, self.evalset, self.config.eval.tasks, pairs)
+    if self.evalset.studies:
+      said = self._apply('text', state, self.evalset.studies['reports'])['text']
+      looked_at = self._apply('planes', state, {'ct': self.evalset.views['ct']})['ct'][:, 0]
+      values |= retrieval.studies(pairs, said, looked_at, self.evalset.studies)
     values = {k: v for k, v in values.items() if np.isfinite(v)}
     if at == 0:
       values |= online.control(self.evalset, self.config.eval.tasks, self.config.drr.view)

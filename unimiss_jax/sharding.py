@@ -64,10 +64,10 @@ def fsdp(x, mesh) -> P:
 
 RULES = (                                   # first match wins; moments and teacher end like their parameter
     (r'(^|/)(step|count|skipped|bad)$', P()),
-    (r'(^|/)(scale|bias|weight_g)$', P()),
+    (r'(^|/)(scale|bias|weight_g|log_scale|logit_bias)$', P()),
     (r'(^|/)(kernel|weight_v|embedding)$', fsdp),
     (r'(pos_embed|PosEmbed|cls_tokens|_table|class_token|mask_token)', fsdp),
-    (r'(^|/)center$', P()),
+    (r'(^|/)center(_patch)?$', P()),
 )
 
 

@@ -50,7 +50,7 @@ CHOICES = {
 }
 PARTS = ('encoder', 'decoder', 'head')
 STREAMS = ('ct', 'xray')
-TASKS = ('knn', 'retrieval', 'cls', 'seg')
+TASKS = ('knn', 'retrieval', 'cls', 'seg', 'studies')
 DRR_LOSSES = ('drr', 'recon_drr', 'pair_nce')
 MOST_LEANING = 25.            # degrees: with it, and the window's place, a beam still runs along the axis of its view
 MOST_PHANTOMS = 1_000_000     # of the range that is kept for development

@@ -1,4 +1,4 @@
-"""Does a picture find its own volume? Recall@k across modalities."""
+"""Does a picture find its own volume, or the report of what it shows? Recall@k across modalities."""
 import numpy as np
 
 from unimiss_jax.evals.knn import unit
@@ -17,3 +17,34 @@ def recall(query, gallery, k: int) -> float:
   own = np.diag(similarity)[:, None]
   rank = (~(similarity < own)).sum(1) - 1      # so written, features that are not numbers retrieve nothing
   return float((rank < k).mean())
+
+
+def hit_at_1(query, gallery, query_class, gallery_class) -> float:
+  """Share of queries whose nearest row of the gallery, by cosine, is of their class.
+
+  Args:
+    query, gallery: [N, E], [M, E].
+    query_class, gallery_class: [N], [M] integers.
+  """
+  nearest = (unit(query, 0.) @ unit(gallery, 0.).T).argmax(1)
+  return float((np.asarray(gallery_class)[nearest] == query_class).mean())
+
+
+def studies(images, text, planes, known) -> dict[str, float]:
+  """Scores of pictures, volumes and reports in one space.
+
+  Args:
+    images: {'xray', 'ct': [N, E]}.
+    text: [K, E], a report of each class, in order.
+    planes: [N, k] that were chosen in each volume.
+    known: of data_pipelines.studies.tests: 'labels' {stream: [N]}, 'planes' [N, m] that show what reports tell.
+
+  Returns:
+    {'eval/...'}: R@1 of reports for images, and of volumes for pictures (never paired in training); the share of the
+    planes with a lesion that were chosen.
+  """
+  labels, classes = known['labels'], np.arange(len(text))
+  out = {f'eval/{s}_to_text_r1': hit_at_1(x, text, labels[s], classes) for s, x in images.items()}
+  out['eval/xray_to_ct_r1'] = hit_at_1(images['xray'], images['ct'], labels['xray'], labels['ct'])
+  found = (np.asarray(planes)[:, :, None] == known['planes'][:, None]).any(1)
+  return out | {'eval/slice_recall': float(found.mean())}

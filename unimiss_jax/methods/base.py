@@ -33,6 +33,7 @@ class Method(NamedTuple):
   total_steps: int
   steps_per_epoch: int
   rate: Callable = lambda group: 1.    # group -> factor of the learning rate
+  given: Callable = dict         # () -> {parameter name: array} that a new run starts from, beside init_from
 
 
 def make(config, data) -> Method:
