@@ -81,7 +81,7 @@ def phantom(c: ConfigDict) -> None:
   c.model.update(dict(embed_dims=(48,), depths=(3,), num_heads=(4,), patch=8, patch_depth=1, image_size=16,
                       volume_size=(8, 16, 16), init='fan_in'))
   c.head.update(dict(out_dim=256, hidden_dim=96, bottleneck_dim=32))
-  c.ema.update(dict(momentum=.99, momentum_end=1.))
+  c.ema.update(dict(momentum=.99, momentum_end=.99))
   c.views.ct.update(dict(size=(8, 16, 16), scale=(1., 1.)))
   c.views.xray.update(dict(size=16, scale=(1., 1.), resize='area'))
   c.views.drr.size = 16

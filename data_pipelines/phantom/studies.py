@@ -34,7 +34,7 @@ def make(seed: int, index: int, volume: bool) -> Study:
   """Patient number `index` of the world `seed`: the same in any order and any process."""
   rng = np.random.default_rng([seed, index, 3 + volume])
   label, template = int(rng.integers(CLASSES)), int(rng.integers(len(TEMPLATES)))
-  picture = _lesion(rng, label)
+  picture = _lesion(label)
   x = rng.normal(0, NOISE, (PLANES, SIDE, SIDE)[not volume:])
   if not volume:
     return Study((x + picture).astype(np.float32), label, (), template)
@@ -58,15 +58,15 @@ def named(label: int) -> tuple[str, str, str]:
   return SHAPES[shape], QUADRANTS[quadrant], list(SIZES)[size]
 
 
-def _lesion(rng, label: int) -> np.ndarray:
-  """[16, 16] the lesion at a random place of its quadrant."""
+def _lesion(label: int) -> np.ndarray:
+  """[16, 16] the lesion in the middle of its quadrant."""
   shape, quadrant, size = named(label)
   n, half = SIZES[size], SIDE // 2
   y, x = np.mgrid[:n, :n]
   middle = n // 2
   drawn = {'ring': (y == 0) | (y == n - 1) | (x == 0) | (x == n - 1), 'cross': (y == middle) | (x == middle),
            'bar': abs(y - middle) <= 1, 'wedge': x <= y}[shape]
-  top, left = (half * i + rng.integers(0, half - n + 1) for i in divmod(QUADRANTS.index(quadrant), 2))
+  top, left = (half * i + (half - n) // 2 for i in divmod(QUADRANTS.index(quadrant), 2))
   out = np.zeros((SIDE, SIDE))
   out[top:top + n, left:left + n][drawn] = BRIGHT
   return out

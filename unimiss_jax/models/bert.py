@@ -71,8 +71,13 @@ class Bert(nn.Module):
     return ((1, 2),)
 
   def initial(self, path: tuple, shapes: dict) -> tuple[str, float]:
-    """How a parameter starts: matrices and tables N(0, 0.02), norms 1, biases 0."""
-    return ('constant', float(path[-1] == 'scale')) if path[-1] in ('scale', 'bias') else ('normal', INIT_STD)
+    """How a parameter starts: tables N(0, 0.02), matrices N(0, 1 / sqrt(fan_in)), norms 1, biases 0.
+
+    BERT's 0.02 for matrices is made for widths of 768; narrow networks would hardly hear their own attention.
+    """
+    if path[-1] in ('scale', 'bias'):
+      return 'constant', float(path[-1] == 'scale')
+    return 'normal', INIT_STD if path[-1] == 'embedding' else shapes[path][0]**-0.5
 
 
 class Layer(nn.Module):

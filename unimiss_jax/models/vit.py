@@ -38,7 +38,8 @@ class Fields(nn.Module):
     in_channels: of images, of volumes.
     image_size, volume_size: what the tables of positions are made for: the plane of an image, the depth of a volume.
     encoder_drop_path: rate of the last block; the first one has 0, linear between.
-    init: linears 'released' N(0, 0.02) | 'fan_in' N(0, 1 / sqrt(fan_in)).
+    init: linears, tables and tokens 'released' N(0, 0.02) | 'fan_in' N(0, 1 / sqrt(fan_in)), tables and tokens
+      1 / sqrt(width), so that places are heard in narrow networks, too.
     dtype: of the activations.
     remat: what backward passes compute again instead of keeping it: '' nothing | 'blocks' or 'all'.
   """
@@ -187,10 +188,10 @@ class ViT(Fields):
       raise ValueError(f"model.init={self.init!r}: known are 'released', 'fan_in'")
     if path[-1] in ('scale', 'bias'):
       return 'constant', float(path[-1] == 'scale')
-    if path[-1] != 'kernel':                                 # tables and tokens
+    table = path[-1] != 'kernel'                             # of positions, and single tokens
+    if self.init == 'released' and (table or len(shapes[path]) == 2):
       return 'normal', 0.02
-    taps = math.prod(shapes[path][:-1])
-    return 'normal', 0.02 if self.init == 'released' and len(shapes[path]) == 2 else taps**-0.5
+    return 'normal', (self.embed_dims[0] if table else math.prod(shapes[path][:-1]))**-0.5
 
 
 def class_rows(model: ViT, params, **inputs) -> tuple[Encoded, jax.Array]:
