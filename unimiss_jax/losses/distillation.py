@@ -34,9 +34,8 @@ def mean_probability(logits, temperature, axis: int):
 
 def cross_entropy(student, teacher, center, student_temp, teacher_temp):
   """Logits [..., K] of both, centre [..., K] -> [...]; no gradient reaches the teacher."""
-  student, teacher = _wide(student), jax.lax.stop_gradient(_wide(teacher))
-  target = jax.nn.softmax(_from_top(teacher - center) / teacher_temp)
-  return -(target * jax.nn.log_softmax(_from_top(student) / student_temp)).sum(-1)
+  target = jax.lax.stop_gradient(jax.nn.softmax(_from_top(_wide(teacher) - center) / teacher_temp))
+  return -(target * jax.nn.log_softmax(_from_top(_wide(student)) / student_temp)).sum(-1)
 
 
 def mean_of_hidden(values, hidden):

@@ -1,0 +1,21 @@
+"""Retrieval among pictures, volumes and reports, counted by hand."""
+import numpy as np
+import pytest
+
+from unimiss_jax.evals import retrieval
+
+
+def test_hit_at_1_counts_classes_and_ignores_lengths():
+  gallery = np.array([[1., 0], [0, 2], [-3, 0]])
+  query = np.array([[5., 1], [1, 9], [-1, 0], [-1, .1]])
+  assert retrieval.hit_at_1(query, gallery, [0, 1, 2, 0], [0, 1, 2]) == pytest.approx(.75)
+
+
+def test_scores_of_studies():
+  text = np.eye(3)
+  images = {'xray': np.eye(3)[[0, 1, 2, 0]], 'ct': np.eye(3)[[0, 1, 1, 2]]}
+  known = {'labels': {'xray': np.array([0, 1, 2, 1]), 'ct': np.array([0, 1, 2, 2])},
+           'planes': np.array([[0, 1], [2, 3], [4, 5], [6, 7]])}
+  planes = np.array([[0, 1], [3, 5], [0, 1], [6, 2]])
+  assert retrieval.studies(images, text, planes, known) == {
+      'eval/xray_to_text_r1': .75, 'eval/ct_to_text_r1': .75, 'eval/xray_to_ct_r1': .75, 'eval/slice_recall': .5}
