@@ -31,6 +31,9 @@ def source(name: str, config, listed=None):
   if not text.vocab and not text.init_from:
     raise DataError('VOCABULARY', 'unimedi.text', 'neither vocab nor init_from is set, and reports of files need word '
                     'pieces', 'set unimedi.text.vocab=/path/vocab.txt')
+  if any('record' in row for row in listed.rows):
+    raise DataError('REPORT', listed.path, 'lists prepared shards, which hold no reports', 'name the manifest of the '
+                    'files that were prepared')
   rows, texts = reports.of_rows(listed.training(name), manifest.usable(listed.rows))
   if not rows:
     raise DataError('REPORT', listed.path, f'no row of kind {KINDS[name]} in split train has a report',

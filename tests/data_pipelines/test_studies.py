@@ -139,6 +139,9 @@ def test_mistakes_are_named(tmp_path, fixtures):
     studies.source('xray', config(**{'data.manifest': path}), load(path))
   with pytest.raises(DataError, match='156 word pieces, the network has 29'):
     studies.source('xray', of_files(path, fixtures, **{'unimedi.text.vocab_size': 29}), load(path))
+  prepared = load(path)._replace(rows=[{'id': 'a', 'kind': 'image', 'record': ['shard', 0]}])
+  with pytest.raises(DataError, match='lists prepared shards, which hold no reports'):
+    studies.source('xray', of_files(path, fixtures), prepared)
   with pytest.raises(DataError, match='data.xray has no reports'):
     studies.source('xray', config(**{'data.xray': '/data'}))
 

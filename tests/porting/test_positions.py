@@ -79,3 +79,15 @@ def test_a_network_without_a_class_token_takes_the_rest_of_each_table():
   assert flat.shape == (1, 256, 8) and np.abs(flat - table[:, 1:]).max() > .1      # the slot is stretched in
   same = positions.resize({'transformer': {'pos_embed2D1': table[:, 1:]}}, old | {'cls_token': False}, old)
   assert same['transformer']['pos_embed2D1'].shape == (1, 256, 8)                  # nothing makes up a class slot
+
+
+def test_tables_of_a_vit():
+  """The plane by cubic, the depth by linear interpolation; tokens stay."""
+  old = dict(embed_dims=(4,), num_heads=(1,), patch=8, patch_depth=2, image_size=16, volume_size=(8, 16, 16))
+  tree = {'transformer': {'plane_table': np.arange(16.).reshape(1, 4, 4), 'class_token': np.ones((1, 1, 4)),
+                          'depth_table3D': np.arange(4.)[None, :, None] * np.ones(4)}}
+  got = positions.resize(tree, old, old | {'image_size': 24, 'volume_size': (16, 24, 24)})['transformer']
+  assert got['plane_table'].shape == (1, 9, 4) and got['class_token'] is tree['transformer']['class_token']
+  np.testing.assert_allclose(got['plane_table'].reshape(3, 3, 4)[1, 1], tree['transformer']['plane_table'][0].mean(0),
+                             atol=1e-5)
+  np.testing.assert_allclose(got['depth_table3D'][0, :, 0], [0, .25, .75, 1.25, 1.75, 2.25, 2.75, 3], atol=1e-6)

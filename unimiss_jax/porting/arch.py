@@ -7,6 +7,7 @@ import re
 
 from unimiss_jax import models
 from unimiss_jax.models.mit import MiTPlus
+from unimiss_jax.models.vit import ViT
 from unimiss_jax.porting.errors import PortingError
 
 # Fields that leave no trace in the weights and change no result of a trained model.
@@ -14,16 +15,17 @@ TRAINING = ('encoder_drop_path', 'decoder_drop_path', 'init', 'dtype', 'remat', 
 SHAPELESS = ('num_heads', 'decoder_heads')      # change results, but not shapes
 
 
-def model(arch) -> MiTPlus:
-  """The module of `arch`: a dict of fields, or 'mit_plus' for its defaults."""
+def model(arch) -> MiTPlus | ViT:
+  """The module of `arch`: a dict of fields, or 'mit_plus' for its defaults; fields with `patch` are those of a ViT."""
   if isinstance(arch, str):
     if arch not in models.BACKBONES:
       raise PortingError(f'arch={arch!r}: known are {", ".join(models.BACKBONES)}, or a dict of fields')
     return models.BACKBONES[arch]()
+  of = ViT if 'patch' in arch else MiTPlus
   try:
-    return MiTPlus(**{k: tuple(v) if isinstance(v, list) else v for k, v in arch.items()})
+    return of(**{k: tuple(v) if isinstance(v, list) else v for k, v in arch.items()})
   except TypeError as e:
-    raise PortingError(f'arch: {" ".join(str(e).split())}. FIX: use the fields of MiTPlus') from e
+    raise PortingError(f'arch: {" ".join(str(e).split())}. FIX: use the fields of {of.__name__}') from e
 
 
 def of_config(leaves: dict) -> dict:

@@ -1,4 +1,4 @@
-"""Position tables of one MiT+ laid out for another one of other native sizes."""
+"""Position tables of one backbone laid out for another one of other native sizes."""
 from __future__ import annotations
 
 import importlib
@@ -9,6 +9,7 @@ import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from unimiss_jax.models import layers
+from unimiss_jax.models.vit import ViT
 from unimiss_jax.porting import arch as architectures
 from unimiss_jax.porting.errors import PortingError
 
@@ -18,6 +19,9 @@ POS_RESIZE = {'grid': 'unimiss_jax.porting.positions', 'flat_zoom': 'unimiss_jax
 
 def tables(module) -> dict:
   """Path of every position table -> (native grid, has a class slot)."""
+  if isinstance(module, ViT):
+    plane, volume = (module.grid(module.native_size(n)) for n in (2, 3))
+    return {('transformer', 'plane_table'): (plane, False), ('transformer', 'depth_table3D'): (volume[:1], False)}
   out = {}
   for n in (2, 3):
     grids = module.grids(module.native_size(n))

@@ -6,6 +6,8 @@ from etils import epath
 KNN = ('eval/knn_auc_ct', 'eval/knn_auc_xray')
 RECALL = ('eval/drr_to_ct_r10', 'eval/xray_to_ct_r10')
 TASK = {'eval/auroc': .5, 'eval/dice': None}      # of validation cases; their chance, where it is known
+STUDIES = dict.fromkeys(('eval/xray_to_text_r1', 'eval/ct_to_text_r1', 'eval/xray_to_ct_r1'), 1 / 32) | {
+    'eval/slice_recall': None}                    # of phantom studies, 32 classes
 
 
 def rows(folder) -> list[dict]:
@@ -31,8 +33,9 @@ def table(metrics: list[dict], chance: dict[str, dict[str, float]], tests: int =
   evals = [r for r in metrics if r.get('phase') == 'eval']
   if evals:
     first, last = evals[0], evals[-1]
-    for name in (n for n in (*KNN, *RECALL, *TASK) if n in first and n in last):
-      level = 0.5 if name in KNN else TASK[name] if name in TASK else min(1., 10 / tests) if tests else None
+    known = dict.fromkeys(KNN, 0.5) | dict.fromkeys(RECALL, min(1., 10 / tests) if tests else None) | TASK | STUDIES
+    for name in (n for n in known if n in first and n in last):
+      level = known[name]
       raw = first.get(name.replace('eval/', 'eval/raw_', 1))
       out.append(line(name[5:], first[name], last[name], level) + (f'   raw pixels {raw:.3f}' if raw else ''))
   return out
