@@ -52,6 +52,7 @@ def plain() -> ConfigDict:
       score_layers='mean', score_keys='full',      # mean | last; full | patch: see models/slices.py
       warmup_steps=0,             # first steps with select=spread
       slice_of_plane='middle',    # middle | random: which slice of a chosen plane
+      vision_init='',             # an image ViT of PyTorch, names of timm or DeiT; init_from: weights of ours
       text=dict(
           init_from='',           # folder of a BERT (config.json, vocab.txt, weights): sizes below are its own
           vocab='',               # vocab.txt; '' = that of init_from, or the phantoms' words

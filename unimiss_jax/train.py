@@ -156,8 +156,8 @@ class Run:
     if restored is None:
       if config.init_from:
         processes.together(lambda: files.check_there(config.init_from))
-      given = processes.together(self.method.given) | (init_from.read(config, abstract.params)
-                                                       if config.init_from else {})
+      given = processes.together(lambda: validate.made(self.method.given))
+      given |= init_from.read(config, abstract.params) if config.init_from else {}
       self.loaded = {'loaded': [len(given), len(jax.tree.leaves(abstract.params))],
                      'weights_hash': init_from.encoder_hash(given)}
       self.state = jax.jit(init, out_shardings=placed)(key, given)

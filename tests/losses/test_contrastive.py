@@ -130,7 +130,7 @@ def test_losses_over_devices_are_the_global_ones(reference, devices, form):
         np.testing.assert_allclose(grad, want[order] if want.ndim else want, rtol=0, atol=1e-12, err_msg=name)
 
 
-@pytest.mark.parametrize('case', ['infonce', 'siglip'])
+@pytest.mark.parametrize('case', ['infonce', pytest.param('siglip', marks=pytest.mark.slow)])
 def test_no_device_of_a_ring_holds_all_logits_of_its_rows(case):
   """Compiled shapes: blocks of [rows a device, rows a device], where the gathered form has [rows a device, rows]."""
   n, devices = 60, 4

@@ -135,6 +135,7 @@ def test_both_kinds_of_image_train_the_same_blocks(full, name, other):
   assert np.asarray(got['patch_embed2D/kernel']).any()      # of a CT through its slices
 
 
+@pytest.mark.slow
 def test_the_teacher_is_the_moving_average_of_the_student(full):
   state = full.start()
   want, m = named_leaves(state.extra['teacher']), full.config.ema.momentum
@@ -225,6 +226,8 @@ def test_weights_of_a_folder_are_what_the_text_tower_starts_from(fixtures):
   assert {n for n in names if n.startswith('text/')} == set(given) and 'text/layer_2/query/kernel' not in names
   for n, x in given.items():
     np.testing.assert_array_equal(names[n], x, err_msg=n)
+  with pytest.raises(ValueError, match='unimedi.vision_init: /nowhere/vit.pth: no such file'):
+    Built(**{'unimedi.vision_init': '/nowhere/vit.pth'}).method.given()
 
 
 @pytest.mark.parametrize('overrides, what', [

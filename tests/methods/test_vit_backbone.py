@@ -20,6 +20,7 @@ def config(**overrides):
   return tiny.changed(c, overrides)
 
 
+@pytest.mark.slow
 def test_a_step_of_either_phase_trains_what_is_of_it():
   c = config()
   validate.validate(c)

@@ -24,8 +24,7 @@ from unimiss_jax.models.bert import Bert
 from unimiss_jax.models.heads import DINOHead
 from unimiss_jax.models.vit import ViT, class_rows
 from unimiss_jax.optim import SKIP, TRAIN, cosine_schedule, named_leaves
-from unimiss_jax.porting import PortingError
-from unimiss_jax.porting import bert as porting
+from unimiss_jax.porting import PortingError, bert, vit
 
 MAX_LOG_SCALE = math.log(100)
 SIGLIP_START = math.log(10), -10.      # log scale, bias; Zhai et al. 2023
@@ -47,6 +46,7 @@ def make(config, data) -> Method:
   total = config.steps or config.epochs * steps_per_epoch
   width, depth = config.model.embed_dims[0], config.model.patch_depth
   fields, text_weights = text_tower(config)
+  given = lambda: text_weights | vision_weights(config, model)
   text = Bert(**fields, dtype=config.model.dtype)
   head = DINOHead(h.out_dim, h.hidden_dim, h.bottleneck_dim, linear_init=config.model.init, dtype=config.model.dtype)
   momentum = cosine_schedule(config.ema.momentum, config.ema.momentum_end, total, 0)
@@ -223,7 +223,7 @@ def make(config, data) -> Method:
       schedule=lambda step: ('joint', None if step % steps_per_epoch else ('epoch', step // steps_per_epoch)),
       weights={'student': lambda params, extra: params},
       predict={'embed': embed, 'project': project, 'text': read} | ({'planes': planes} if 'ct' in names else {}),
-      total_steps=total, steps_per_epoch=steps_per_epoch, given=text_weights)
+      total_steps=total, steps_per_epoch=steps_per_epoch, given=given)
 
 
 def check(config, model) -> None:
@@ -270,8 +270,17 @@ def frozen(name: str, layers: int) -> bool:
   return layers < 0 or (int(layer[1]) < layers if layer else layers > 0)
 
 
-def text_tower(config) -> tuple[dict, object]:
-  """Fields of the BERT, and () -> {parameter name: array} that it starts from.
+def vision_weights(config, model) -> dict:
+  """{parameter name: array} of unimedi.vision_init. Raises ValueError for what it lacks."""
+  path = config.unimedi.vision_init
+  try:
+    return {f'backbone/{n}': x for n, x in vit.read(path, model).items()} if path else {}
+  except PortingError as e:
+    raise ValueError(f'unimedi.vision_init: {e}') from e
+
+
+def text_tower(config) -> tuple[dict, dict]:
+  """Fields of the BERT, and {parameter name: array} that it starts from.
 
   Raises:
     ValueError: what the folder of weights lacks, or a text that is longer than its positions.
@@ -280,7 +289,7 @@ def text_tower(config) -> tuple[dict, object]:
   words = len(epath.Path(t.vocab).read_text().splitlines()) if t.vocab else 0
   if t.init_from:
     try:
-      fields, tree = porting.read(t.init_from, t.num_layers)
+      fields, tree = bert.read(t.init_from, t.num_layers)
     except PortingError as e:
       raise ValueError(f'unimedi.text.init_from: {e}') from e
     weights = {f'text/{name}': x for name, x in named_leaves(tree).items()}
@@ -293,4 +302,4 @@ def text_tower(config) -> tuple[dict, object]:
   if t.length > fields['max_position_embeddings']:
     raise ValueError(f'unimedi.text.length={t.length}: the network has {fields["max_position_embeddings"]} positions; '
                      'set it to at most that')
-  return fields, lambda: weights
+  return fields, weights

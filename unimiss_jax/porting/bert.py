@@ -16,7 +16,7 @@ from unimiss_jax.models import param_shapes
 from unimiss_jax.models.bert import Bert
 from unimiss_jax.optim import named_leaves
 from unimiss_jax.porting import torch_files
-from unimiss_jax.porting.errors import PortingError
+from unimiss_jax.porting.errors import PortingError, check_tensors
 
 FIELDS = ('vocab_size', 'hidden_size', 'num_hidden_layers', 'num_attention_heads', 'intermediate_size',
           'max_position_embeddings', 'type_vocab_size', 'layer_norm_eps')
@@ -55,8 +55,8 @@ def read(folder, num_layers: int | None = None, pooler: bool = False) -> tuple[d
     if not UNUSED.match(name) and not _left_out(name, fields):
       found[name] = np.asarray(tensor)
   wanted = {torch_name(n): (n, x.shape) for n, x in _shapes(fields).items()}
-  _check(path, found, {name: shape[::-1] if ours.endswith('kernel') else shape
-                       for name, (ours, shape) in wanted.items()})
+  check_tensors(path, found, {name: shape[::-1] if ours.endswith('kernel') else shape
+                              for name, (ours, shape) in wanted.items()})
   wide = lambda x: x.astype(np.promote_types(x.dtype, np.float32))
   return fields, unflatten_dict({tuple(ours.split('/')): wide(found[name].T if ours.endswith('kernel') else found[name])
                                  for name, (ours, _) in wanted.items()})
@@ -132,14 +132,3 @@ def _left_out(name: str, fields) -> bool:
   layer = re.match(r'encoder\.layer\.(\d+)\.', name)
   return bool(layer and int(layer[1]) >= fields['num_hidden_layers']) or (
       name.startswith('pooler.') and not fields['pooler'])
-
-
-def _check(path, found: dict, wanted: dict) -> None:
-  """Raises PortingError that names every tensor that is missing, unexpected or mis-shaped."""
-  faults = {'missing': sorted(set(wanted) - set(found)), 'unexpected': sorted(set(found) - set(wanted)),
-            'mis-shaped': [f'{n} {found[n].shape}, expected {wanted[n]}' for n in wanted
-                           if n in found and found[n].shape != tuple(wanted[n])]}
-  told = [f'{len(names)} {what}: {", ".join(names[:8])}{" ..." if len(names) > 8 else ""}'
-          for what, names in faults.items() if names]
-  if told:
-    raise PortingError(f'{path}: {"; ".join(told)}. FIX: take weights that belong to the config.json beside them')
