@@ -65,7 +65,7 @@ def plain() -> ConfigDict:
       ),
   ))
   c.optim.update(dict(lr=2e-5, lr_reference_batch=0, min_lr=1e-8, warmup_epochs=20., weight_decay=.05,
-                      weight_decay_end=.05, freeze_last_layer=0.))
+                      weight_decay_end=.05, decay_exclude='tokens', freeze_last_layer=0.))
   c.views.ct.update(dict(
       size=(32, 128, 128), extent='record', precrop=(0., 0.), scale=(0.8, 1.0), resize='area', flip_p=0.,
       noise_std=(0., 0.), blur_p=(0., 0.), mul_p=(0., 0.), add_p=(0., 0.), contrast_p=(0., 0.), gamma_p=(0., 0.)))

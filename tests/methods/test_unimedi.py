@@ -89,7 +89,7 @@ def vl_by_hand(built, params, batch, planes):
   """Image-text loss with given planes, from the parts."""
   c = built.config
   model, fields = models.build(c.model), c.unimedi.text
-  xray = model.apply({'params': params['backbone']}, image=2 * batch['xray']['xray'][:, 0] - 1, method='encode').cls
+  xray = model.apply({'params': params['backbone']}, image=batch['xray']['xray'][:, 0], method='encode').cls
   ct = model.apply({'params': params['backbone']}, volume=batch['ct']['ct'][:, 0], slices=planes, method='encode').cls
   bert = Bert(29, 8, 1, fields.heads, fields.mlp, fields.positions)
   said = [bert.apply({'params': params['text']}, batch[s]['ids'], batch[s]['mask']).last[:, 0] for s in ('xray', 'ct')]

@@ -65,7 +65,7 @@ def test_images_are_seen_as_pytorch_sees_them(given):
   pytest.importorskip('torch')
   path, w = given
   image = RNG.random((2, 12, 12, 3)).astype(np.float32)
-  want = torch_vit(w, image.transpose(0, 3, 1, 2))
+  want = torch_vit(w, 2 * image.transpose(0, 3, 1, 2) - 1)      # images come in [0, 1]
   out = MODEL.apply({'params': filled(path)}, image=image, method='encode')
   np.testing.assert_allclose(out.cls, want[:, 0], rtol=0, atol=1e-5)
   np.testing.assert_allclose(out.patches, want[:, 1:], rtol=0, atol=1e-5)

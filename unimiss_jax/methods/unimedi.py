@@ -92,7 +92,7 @@ def make(config, data) -> Method:
     """What `encode` is given of one stream's rows."""
     x = rows[name][:, 0]
     if name == 'xray':
-      return {'image': 2 * x - 1}
+      return {'image': x}
     keys = view_keys(rows['rng'], 4)
     planes = planes_of(extra, x, keys[:, PLANE_KEY], step)
     cut = (slices.random_slices(planes, depth, keys[:, SLICE_KEY]) if u.slice_of_plane == 'random' else
@@ -192,7 +192,7 @@ def make(config, data) -> Method:
     out = {}
     for name, x in batch.items():
       flat = x.reshape(-1, *x.shape[2:])
-      given = {'image': 2 * flat - 1}
+      given = {'image': flat}
       if name == 'ct':
         planes = planes_of(extra, flat, jax.random.split(jax.random.key(0), len(flat)), u.warmup_steps)
         given = {'volume': flat, 'slices': slices.middles(planes, depth)}

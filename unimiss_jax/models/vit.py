@@ -102,6 +102,8 @@ class Encoder(Fields):
       place = of_plane(grid)[:, None] + deep[:, :, None] + modality[:, 1:, None]
       contents.append(x.reshape(len(x), -1, width))
       places.append(place.reshape(1, -1, width))
+    if image is not None:
+      image = 2 * image - 1                                  # as volumes: air is about -1
     if slices is not None:
       image = jnp.take_along_axis(volume, slices[:, :, None, None, None], 1)               # [B, k, H, W, 1]
       image = jnp.repeat(image.reshape(-1, *image.shape[2:]), self.in_channels[0], -1)
@@ -164,8 +166,8 @@ class ViT(Fields):
     'intermediates', where that is mutable: see `class_rows`.
 
     Args:
-      image: [B, H, W, 3], or None.
-      volume: [B, D, H, W, 1], or None.
+      image: [B, H, W, 3] in [0, 1], which the tokenizer sees in [-1, 1]; or None.
+      volume: [B, D, H, W, 1] in HU / 1024, or None.
       slices: [B, k] integers, which slices of the volume enter as images do, too.
       hidden: [B, P] bool, tokens that are replaced by the mask token; their positions stay.
       train, row_keys: of drop-path.
