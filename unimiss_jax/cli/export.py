@@ -77,6 +77,9 @@ def export(source, out, *, branch='', parts=PARTS, formats=FORMATS[:1], dtype='f
   _refuse_foreign(target)
   logging.info('reading %s', source)
   found = weights.read(source, branch, [*allow, *(p for p in PARTS if p not in parts)], in_chans, arch)
+  if 'patch' in found.arch:
+    raise PortingError(f'{found.source}: holds a ViT, and PyTorch files are written of MiT+ alone. FIX: take it with '
+                       '--config.init_from, or its embeddings with unimiss_jax.cli.embed')
   tensors = {n: np.asarray(a, jax.dtypes.canonicalize_dtype(dtype)) for n, a in to_torch(found.params).items()
              if weights.part_of(n) in parts}
   written = [p for p in PARTS if any(weights.part_of(n) == p for n in tensors)]

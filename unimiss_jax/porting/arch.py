@@ -36,7 +36,7 @@ def of_config(leaves: dict) -> dict:
 def fields(arch) -> dict:
   """Every field of `arch` that matters, defaults filled in, as JSON writes it."""
   module = model(arch)
-  names = [n for n in MiTPlus.__dataclass_fields__ if n not in ('parent', 'name', *TRAINING)]
+  names = [n for n in type(module).__dataclass_fields__ if n not in ('parent', 'name', *TRAINING)]
   return {n: list(v) if isinstance(v := getattr(module, n), tuple) else v for n in names}
 
 
