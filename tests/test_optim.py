@@ -1,4 +1,4 @@
-"""Schedules against the released code's arrays, AdamW against its closed form and PyTorch."""
+"""Schedules and LARC against the released code's arrays, AdamW against its closed form and PyTorch."""
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -145,3 +145,28 @@ def test_what_decays(exclude, decaying):
   after, _, _ = tx.update(jax.tree.map(jnp.zeros_like, params), tx.init(params), params, {'rest': optim.TRAIN}, .1, .5)
   for name, x in after.items():
     np.testing.assert_allclose(x, 2 - .1 * .5 * 2 * (name in decaying), rtol=1e-6, err_msg=name)
+
+
+@pytest.mark.parametrize('x64', [True, False])
+def test_larc_takes_the_reference_steps(fixtures, x64):
+  """Three steps with their own rates; the third tensor starts at zero and takes plain SGD."""
+  with jax.enable_x64(x64):
+    z = np.load(fixtures / 'joint' / 'larc_sched.npz')
+    wide = np.float64 if x64 else np.float32
+    optimiser = optim.larc(lambda name: 'rest', trust=float(z['trust']), momentum=float(z['momentum']),
+                           eps=float(z['eps']))
+    params = {f'p{i}': jnp.asarray(z[f'p{i}'], wide) for i in range(3)}
+    state, update = optimiser.init(params), jax.jit(optimiser.update)
+    for t, lr in enumerate(z['lrs']):
+      grads = {f'p{i}': jnp.asarray(z[f'g{t}_{i}'], wide) for i in range(3)}
+      params, state, _ = update(grads, state, params, {'rest': TRAIN}, lr, float(z['wd']))
+    for i in range(3):
+      np.testing.assert_allclose(params[f'p{i}'], z[f'out{i}'], rtol=0, atol=1e-9 if x64 else 1e-6)
+    assert state['rest'].count == 3
+
+
+def test_the_schedule_of_joint_is_the_same_one(fixtures):
+  z = {k: v.item() if not v.ndim else v for k, v in np.load(fixtures / 'joint' / 'larc_sched.npz').items()}
+  f = optim.cosine_schedule(z['base_lr'], z['final_lr'], z['epochs'] * z['steps_per_epoch'],
+                            z['warmup_epochs'] * z['steps_per_epoch'], z['start_warmup'])
+  np.testing.assert_allclose(f(np.arange(140)), z['schedule'], rtol=0, atol=1e-9)
