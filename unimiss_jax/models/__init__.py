@@ -7,8 +7,9 @@ import jax.numpy as jnp
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from unimiss_jax.models.mit import MiTPlus
+from unimiss_jax.models.resnet import ResNet
 
-BACKBONES = {'mit_plus': MiTPlus}
+BACKBONES = {'mit_plus': MiTPlus, 'resnet50': ResNet}
 
 
 def build(config) -> nn.Module:
