@@ -67,7 +67,7 @@ RULES = (                                   # first match wins; moments and teac
     (r'(^|/)(scale|bias|weight_g)$', P()),
     (r'(^|/)(kernel|weight_v)$', fsdp),
     (r'(pos_embed|PosEmbed|cls_tokens)', fsdp),
-    (r'(^|/)center$', P()),
+    (r'(^|/)(center|token)$', P()),
 )
 
 
