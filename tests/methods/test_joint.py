@@ -75,7 +75,7 @@ def test_the_mask_phase_leaves_the_slice_encoder_bit_equal():
   config = tiny()
   config.optim.warmup_epochs = 0.
   method = made(config)
-  optimiser = optim.build(config.optim, method.groups, method.rate)
+  optimiser = optim.of(config, method)
   state = jax.jit(step.make_init(config, method, optimiser))(jax.random.key(0))
   mesh = sharding.make_mesh(1, 1, jax.devices()[:1])
   batch = {'ct': rows(np.random.default_rng(0), 8, 64, 64, 1)}
