@@ -44,7 +44,7 @@ def base() -> ConfigDict:
       freeze_prototypes=20,       # steps at the start of a phase
   ))
   c.loss = ConfigDict(dict(drr=0., recon_drr=0., pair_nce=0.))      # no DRR are rendered
-  c.head.update(dict(out_dim=16, hidden_dim=256, bottleneck_dim=64))
+  c.head.update(dict(out_dim=16, hidden_dim=256, bottleneck_dim=64, batch_standardize=True))    # else it collapses
   c.model.update(dict(embed_dims=(4, 8, 32, 64, 80, 80), depths=(1, 1, 1, 1), decoder_dims=(80, 64, 32, 8, 4),
                       image_size=64, volume_size=(16, 64, 64), conv_residual=True, last_stride=1, final_norm=True,
                       init='fan_in'))

@@ -70,6 +70,7 @@ def rows(rng, *shape):
           ('ct' if len(shape) == 4 else 'xray'): jnp.asarray(rng.uniform(size=(4, 2, *shape)), jnp.float32)}
 
 
+@pytest.mark.slow
 def test_the_mask_phase_leaves_the_slice_encoder_bit_equal():
   """One step of it: token, decoder and Transformer move, nothing else does, not even by decay."""
   config = tiny()

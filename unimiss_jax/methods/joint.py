@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 
 from unimiss_jax import models
-from unimiss_jax.losses import clustering, reconstruction
+from unimiss_jax.losses import clustering, contrastive, reconstruction
 from unimiss_jax.methods.base import Method, Phase, view_keys, weighted
 from unimiss_jax.models import deformable
 from unimiss_jax.models.heads import DINOHead, Prototypes
@@ -88,7 +88,9 @@ def make(config, data) -> Method:
   def intra(params, rows, key):
     x = rows['xray']
     z = images(params, x, view_keys(rows['rng'], x.shape[1])).embedding
-    return swapped(of('head', params, z).reshape(*x.shape[:2], -1))
+    z = of('head', params, z, method='project')
+    z = deformable.unit(contrastive.standardize(z) if config.head.batch_standardize else z)
+    return swapped(of('head', params, z, method='cosines').reshape(*x.shape[:2], -1))
 
   def mask(params, rows, key):
     z = jax.lax.stop_gradient(slices(params, rows['ct']))
