@@ -106,14 +106,14 @@ def base() -> ConfigDict:
   c.ema = ConfigDict(dict(momentum=0.996, momentum_end=1.0,
                           reference_batch=0))  # momentum ** (batch.ct / reference_batch); 0 = momentum as it is
   c.optim = ConfigDict(dict(
-      name='adamw',
+      name='adamw',                      # adamw | larc: SGD with momentum 0.9, steps of 0.001 times a tensor's norm
       lr=8e-4, lr_reference_batch=256,   # effective lr = lr * batch.ct / lr_reference_batch; 0 = lr as it is
       lr_scaling='linear',               # sqrt: lr * sqrt(batch.ct / lr_reference_batch), for AdamW at large batches
       schedule='cosine',                 # cosine | poly (power 0.9, no warm-up) | constant
       schedule_unit='step',              # of poly: step | epoch
       min_lr=1e-6, warmup_epochs=10.,    # of an epoch as defined above; may be a fraction
       layer_decay=1.,                    # fine-tuning: rate of a step of the encoder over that of the next one
-      eps=1e-8,                          # of AdamW
+      eps=1e-8,                          # of AdamW and LARC
       weight_decay=0.04, weight_decay_end=0.4,
       decay_exclude='1d',                # 1d: biases and norms do not decay | tokens: nor positions, class tokens | ''
       clip=0., clip_mode='global',       # global | per_tensor; 0 = off

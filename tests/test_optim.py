@@ -1,4 +1,4 @@
-"""Schedules against the released code's arrays, AdamW against its closed form and PyTorch."""
+"""Schedules and LARC against the released code's arrays, AdamW against its closed form and PyTorch."""
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -64,8 +64,8 @@ def run(modes, steps, clip=0., mode='global', scale=1.):
     update = jax.jit(tx.update)
     for i in range(steps):
       grads = jax.tree.map(lambda p, i=i: scale * (p + 0.1 * (i + 1)), params)
-      params, state, norms = update(grads, state, params, {'rest': TRAIN, '3d': modes[i]}, 0.1, 0.04)
-      trace.append(jax.device_get((params, state, norms)))
+      params, state, moved = update(grads, state, params, {'rest': TRAIN, '3d': modes[i]}, 0.1, 0.04)
+      trace.append(jax.device_get((params, state, moved)))
     return trace
 
 
@@ -114,11 +114,16 @@ def test_a_group_with_a_rate_is_adamw_at_another_learning_rate():
 def test_bias_does_not_decay_and_clipping_scales_by_the_norm():
   got = run([TRAIN], 1)[0][0]['a']['bias']
   np.testing.assert_allclose(got, PARAMS['a']['bias'] - 0.1 * np.sign(PARAMS['a']['bias'] + .1), rtol=1e-6)
-  _, state, norms = run([SKIP], 1, clip=1e-3)[0]
+  _, state, _ = run([SKIP], 1, clip=1e-3)[0]
   mu = np.concatenate([np.ravel(x) for x in state['rest'].mu.values()])
   np.testing.assert_allclose(np.linalg.norm(mu), 0.1 * 1e-3, rtol=2e-3)     # the skipped group is not in the norm
+  new, _, moved = run([TRAIN], 1)[0]
+  change = [new['a'][n] - PARAMS['a'][n] for n in ('kernel', 'bias')]
+  np.testing.assert_allclose(moved['rest'], np.linalg.norm(np.concatenate([np.ravel(x) for x in change])), rtol=1e-12)
   flat = np.concatenate([PARAMS['a']['kernel'].ravel(), PARAMS['a']['bias']]) + 0.1
-  np.testing.assert_allclose(norms['rest'], np.linalg.norm(flat), rtol=1e-12)
+  with jax.enable_x64(True):
+    norms = optim.adamw(group_of).norms(jax.tree.map(lambda x: jnp.asarray(x) + .1, PARAMS))
+    np.testing.assert_allclose(norms['rest'], np.linalg.norm(flat), rtol=1e-12)
   per_tensor = run([TRAIN], 1, clip=1e-3, mode='per_tensor')[0][1]
   for group in per_tensor.values():
     for x in group.mu.values():
@@ -145,3 +150,28 @@ def test_what_decays(exclude, decaying):
   after, _, _ = tx.update(jax.tree.map(jnp.zeros_like, params), tx.init(params), params, {'rest': optim.TRAIN}, .1, .5)
   for name, x in after.items():
     np.testing.assert_allclose(x, 2 - .1 * .5 * 2 * (name in decaying), rtol=1e-6, err_msg=name)
+
+
+@pytest.mark.parametrize('x64', [True, False])
+def test_larc_takes_the_reference_steps(fixtures, x64):
+  """Three steps with their own rates; the third tensor starts at zero and takes plain SGD."""
+  with jax.enable_x64(x64):
+    z = np.load(fixtures / 'joint' / 'larc_sched.npz')
+    wide = np.float64 if x64 else np.float32
+    optimiser = optim.larc(lambda name: 'rest', trust=float(z['trust']), momentum=float(z['momentum']),
+                           eps=float(z['eps']))
+    params = {f'p{i}': jnp.asarray(z[f'p{i}'], wide) for i in range(3)}
+    state, update = optimiser.init(params), jax.jit(optimiser.update)
+    for t, lr in enumerate(z['lrs']):
+      grads = {f'p{i}': jnp.asarray(z[f'g{t}_{i}'], wide) for i in range(3)}
+      params, state, _ = update(grads, state, params, {'rest': TRAIN}, lr, float(z['wd']))
+    for i in range(3):
+      np.testing.assert_allclose(params[f'p{i}'], z[f'out{i}'], rtol=0, atol=1e-9 if x64 else 1e-6)
+    assert state['rest'].count == 3
+
+
+def test_the_schedule_of_joint_is_the_same_one(fixtures):
+  z = {k: v.item() if not v.ndim else v for k, v in np.load(fixtures / 'joint' / 'larc_sched.npz').items()}
+  f = optim.cosine_schedule(z['base_lr'], z['final_lr'], z['epochs'] * z['steps_per_epoch'],
+                            z['warmup_epochs'] * z['steps_per_epoch'], z['start_warmup'])
+  np.testing.assert_allclose(f(np.arange(140)), z['schedule'], rtol=0, atol=1e-9)

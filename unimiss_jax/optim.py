@@ -1,10 +1,10 @@
-"""AdamW with one state and one step counter per parameter group, and the schedules.
+"""AdamW, and SGD with LARC, with one state and one step counter per parameter group, and the schedules.
 
 A group is trained (TRAIN), left wholly alone (SKIP: tensors, moments and counter) or run on zero
 gradients (ZERO: moments fade, stale momentum and decay still move the weights; SKIP while the
 counter is 0). Freezing, last-layer freezing and the drift of the released code are thus one
-mechanism. The update is that of AdamW (Loshchilov and Hutter 2019): decay is decoupled and
-multiplied by the learning rate.
+mechanism. AdamW (Loshchilov and Hutter 2019): decay is decoupled and multiplied by the learning
+rate. LARC (You et al. 2017, as in apex without clipping): every tensor's step is a share of its norm.
 """
 import re
 from collections.abc import Callable
@@ -83,23 +83,66 @@ class Optimiser(NamedTuple):
   norms: Callable    # grads -> {group: their norm}
 
 
-def adamw(group_of: Callable[[str], str], *, clip: float = 0., clip_mode: str = 'global',
-          b1=0.9, b2=0.999, eps=1e-8, rate: Callable[[str], float] = lambda group: 1.,
-          decay_exclude: str = '1d') -> Optimiser:
-  """AdamW per group.
+def of(config, method) -> Optimiser:
+  """The optimiser of a run."""
+  o = config.optim
+  given = dict(clip=o.clip, clip_mode=o.clip_mode, eps=o.eps, rate=method.rate)
+  return larc(method.groups, **given) if o.name == 'larc' else adamw(
+      method.groups, decay_exclude=o.decay_exclude, **given)
+
+
+def adamw(group_of: Callable[[str], str], *, b1=0.9, b2=0.999, eps=1e-8, decay_exclude: str = '1d',
+          **given) -> Optimiser:
+  """AdamW per group; decay_exclude: of `decays`; the other arguments are those of `by_group`."""
+  adam = optax.scale_by_adam(b1=b1, b2=b2, eps=eps)
+
+  def rule(grads, state, params, wd):
+    direction, state = adam.update(grads, state)
+    return {n: d + (wd * params[n] if decays(n, params[n], decay_exclude) else 0.) for n, d in direction.items()}, state
+  return by_group(group_of, adam.init, rule, **given)
+
+
+class Momentum(NamedTuple):
+  count: jax.Array     # steps
+  buffer: Any          # {name: tensor}
+
+
+def larc(group_of: Callable[[str], str], *, trust=1e-3, momentum=0.9, eps=1e-8, **given) -> Optimiser:
+  """SGD with momentum; LARC scales the decayed gradient of every tensor to `trust` times the tensor's norm.
+
+  Every tensor decays, but where it or its gradient is all zero: there the plain gradient is taken. The learning rate
+  stays outside the momentum, and the decay is part of the ratio (`optax.lars`: otherwise in all of this). The other
+  arguments are those of `by_group`.
+  """
+  def start(tensors):
+    return Momentum(jnp.zeros((), jnp.int32), jax.tree.map(jnp.zeros_like, tensors))
+
+  def scaled(g, p, wd):
+    size, slope = jnp.linalg.norm(p.ravel()), jnp.linalg.norm(g.ravel())
+    ratio = trust * size / (slope + wd * size + eps)
+    return jnp.where((size > 0) & (slope > 0), (g + wd * p) * ratio, g)
+
+  def rule(grads, state, params, wd):
+    buffer = {n: momentum * state.buffer[n] + scaled(g, params[n], wd) for n, g in grads.items()}
+    return buffer, Momentum(state.count + 1, buffer)
+  return by_group(group_of, start, rule, **given)
+
+
+def by_group(group_of: Callable[[str], str], start: Callable, rule: Callable, *, clip: float = 0.,
+             clip_mode: str = 'global', rate: Callable[[str], float] = lambda group: 1.) -> Optimiser:
+  """An optimiser of {name: tensor}, once per group.
 
   Args:
     group_of: parameter name -> group; the group 'fixed' is never trained and has no state.
+    start: tensors -> state, with a `count` of steps.
+    rule: (gradients, state, tensors, wd) -> (what the learning rate multiplies, state).
     clip: largest gradient norm, before the moments; 0 = off.
     clip_mode: 'global' = one norm over all groups that train; 'per_tensor'.
     rate: group -> factor of the learning rate (and so of the decay).
-    decay_exclude: of `decays`.
 
   `update` takes modes {group: SKIP | ZERO | TRAIN} (traceable), lr and wd scalars, and returns
   also {group: norm of the change}.
   """
-  adam = optax.scale_by_adam(b1=b1, b2=b2, eps=eps)
-
   def split(tree) -> dict[str, dict[str, Any]]:
     out: dict[str, dict[str, Any]] = {}
     for name, x in named_leaves(tree).items():
@@ -108,7 +151,7 @@ def adamw(group_of: Callable[[str], str], *, clip: float = 0., clip_mode: str = 
     return out
 
   def init(params):
-    return {group: adam.init(tensors) for group, tensors in split(params).items()}
+    return {group: start(tensors) for group, tensors in split(params).items()}
 
   def norms_of(grads):
     return {g: optax.tree.norm(t) for g, t in split(grads).items()}
@@ -121,9 +164,9 @@ def adamw(group_of: Callable[[str], str], *, clip: float = 0., clip_mode: str = 
       mode = jnp.asarray(modes[g])
       active = (mode == TRAIN) | ((mode == ZERO) & (old.count > 0))
       given = {n: jnp.where(mode == TRAIN, x, jnp.zeros_like(x)) for n, x in groups[g].items()}
-      direction, state = adam.update(given, old)
+      direction, state = rule(given, old, tensors[g], wd)
       for n, p in tensors[g].items():
-        step = rate(g) * lr * (direction[n] + (wd * p if decays(n, p, decay_exclude) else 0.))
+        step = rate(g) * lr * direction[n]
         new_params[n] = jnp.where(active, p - step.astype(p.dtype), p)
         moved[g] = moved.get(g, 0.) + jnp.where(active, jnp.sum(step**2), 0.)
       new_state[g] = jax.tree.map(lambda new, was, on=active: jnp.where(on, new, was), state, old)
@@ -131,13 +174,6 @@ def adamw(group_of: Callable[[str], str], *, clip: float = 0., clip_mode: str = 
     return merged, new_state, {g: jnp.sqrt(x) for g, x in moved.items()}
 
   return Optimiser(init, update, norms_of)
-
-
-def of(config, method) -> Optimiser:
-  """The optimiser of a run."""
-  o = config.optim
-  return adamw(method.groups, clip=o.clip, clip_mode=o.clip_mode, eps=o.eps, rate=method.rate,
-               decay_exclude=o.decay_exclude)
 
 
 def _norm_of_training(norms, modes):

@@ -67,7 +67,7 @@ RULES = (                                   # first match wins; moments and teac
     (r'(^|/)(scale|bias|weight_g|log_scale|logit_bias)$', P()),
     (r'(^|/)(kernel|weight_v|embedding)$', fsdp),
     (r'(pos_embed|PosEmbed|cls_tokens|_table|class_token|mask_token)', fsdp),
-    (r'(^|/)center(_patch)?$', P()),
+    (r'(^|/)(center|center_patch|token)$', P()),
 )
 
 

@@ -33,7 +33,7 @@ CHOICES = {
     'model.pos_interp': ('grid', 'reference'),
     'pos_resize': ('grid', 'flat_zoom'),
     'init_branch': ('', 'student', 'teacher'),
-    'optim.name': ('adamw',),
+    'optim.name': ('adamw', 'larc'),
     'optim.schedule': ('cosine', 'poly', 'constant'),
     'optim.schedule_unit': ('step', 'epoch'),
     'optim.clip_mode': ('global', 'per_tensor'),

@@ -13,7 +13,7 @@ import main
 for package in ('configs', 'unimiss_jax', 'data_pipelines'):
   top = importlib.import_module(package)
   for module in pkgutil.walk_packages(top.__path__, package + '.'):
-    if not module.name.endswith('.torch_mit') or importlib.util.find_spec('torch'):
+    if not module.name.endswith(('.torch_mit', '.torch_resnet')) or importlib.util.find_spec('torch'):
       importlib.import_module(module.name)
 assert not {name for name in sys.modules if name.endswith('.reference')} & {
     'unimiss_jax.drr.reference', 'unimiss_jax.losses.reference', 'unimiss_jax.models.reference',

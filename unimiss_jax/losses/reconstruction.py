@@ -1,4 +1,4 @@
-"""Reconstruction of the network's own input, as in UniMiSS+: MSE of the sigmoid against an image in [0, 1]."""
+"""Reconstruction of what the network was given: an image in [0, 1] (UniMiSS+), hidden slice embeddings (Joint)."""
 from __future__ import annotations
 
 import jax
@@ -23,3 +23,15 @@ def sigmoid_mse(raw, target):
   """Mean over all elements of (sigmoid(raw) - target)^2; no gradient reaches the target."""
   raw = raw.astype(jnp.promote_types(raw.dtype, jnp.float32))
   return jnp.mean((jax.nn.sigmoid(raw) - jax.lax.stop_gradient(target))**2)
+
+
+def masked_slices(pred, target, mask):
+  """Mean squared error of the hidden slices alone, summed over the views; no gradient reaches the target.
+
+  Args:
+    pred, target: [V, B, N, D].
+    mask: [B, N] bool, True = hidden; the same in all views.
+  """
+  pred = pred.astype(jnp.promote_types(pred.dtype, jnp.float32))
+  error = ((pred - jax.lax.stop_gradient(target))**2).mean(-1)
+  return jnp.where(mask, error, 0).sum() / jnp.maximum(mask.sum(), 1)

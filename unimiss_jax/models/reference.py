@@ -38,3 +38,19 @@ def resize_positions(table, native, grid, cls_token: bool):
     maps = jnp.moveaxis(jnp.tensordot(weights, maps, (1, axis)), 0, axis)
   maps = maps.reshape(1, math.prod(grid), -1).astype(table.dtype)
   return jnp.concatenate([table[:, :1], maps], 1)
+
+
+def arrange(x):
+  """[B, N, D] -> [B, D, N]: the released Joint attends along the features of a slice, slices are its channels."""
+  return x.swapaxes(1, 2)
+
+
+def sample(x, at):
+  """As `deformable.sample`, but every key is the middle of the sequence, smaller the further its place is from there.
+
+  The package that the released Joint pins (deformable-attention 0.0.18) pads its 1-D grid on the wrong side.
+  """
+  length = x.shape[1]
+  middle = (x[:, (length - 1) // 2] + x[:, length // 2]) / 2                      # [B, G, c]
+  away = jnp.abs((2 * at + 1) / length - 1)
+  return middle[:, None] * jnp.maximum(0, 1 - away / 2)[..., None]

@@ -1,0 +1,100 @@
+"""Joint: what each phase trains, what each run builds, which configs are refused."""
+import logging
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from configs import joint
+from unimiss_jax import models, optim, sharding, step, validate
+from unimiss_jax.methods import base
+
+RECORDS = {'ct': (16, {}), 'xray': (16, {})}
+
+
+def tiny(preset='phantom', **leaves):
+  c = joint.get_config(preset)
+  c.unlock()
+  c.steps = 6
+  c.model.update(dict(embed_dims=(4, 4, 8, 8, 8, 8), decoder_dims=(8, 8, 8, 4, 4), num_heads=(1, 1, 1, 1),
+                      decoder_heads=(1, 1, 1)))
+  c.batch.update(dict(ct=4, xray=4))
+  c.head.update(dict(out_dim=4, hidden_dim=16, bottleneck_dim=8))
+  c.joint.update(dict(width=16, freeze_prototypes=1))
+  c.joint.inter.update(dict(layers=1, hidden=16, head_dim=4))
+  c.joint.update(leaves)
+  validate.validate(c)
+  return c
+
+
+def made(config):
+  return base.make(config, {s: v for s, v in RECORDS.items() if config.phases[s]})
+
+
+def shapes(config):
+  return jax.eval_shape(made(config).init, jax.random.key(0))[0]
+
+
+def test_the_schedule_is_that_of_the_config():
+  method = made(tiny())
+  assert [method.schedule(i)[0] for i in range(6)] == ['intra'] * 3 + ['mask'] + ['inter'] * 2
+  assert {n: dict(p.streams) for n, p in method.phases.items()} == {
+      'intra': {'xray': 4}, 'mask': {'ct': 4}, 'inter': {'ct': 4}}
+  assert dict(made(tiny('joint')).phases['joint'].streams) == {'xray': 4, 'ct': 4}
+
+
+def test_a_baseline_builds_nothing_of_volumes_and_the_same_encoder():
+  full, plain = shapes(tiny()), shapes(tiny('swav2d'))
+  assert set(full) == {'backbone', 'head', 'slice', 'inter', 'mask', 'prototypes'}
+  assert set(plain) == {'backbone', 'head'}
+  assert full['backbone'] == plain['backbone'] and full['head'] == plain['head']
+  assert set(shapes(tiny(phases=('intra', 'inter'), shares=(.5, .5)))) == set(full) - {'mask'}
+
+
+def test_what_cannot_be_is_named(caplog):
+  for leaves, message in ((dict(phases=('intra', 'outer'), shares=(.5, .5)), '"outer" unknown'),
+                          (dict(shares=(.5, .5, .5)), 'together 1'),
+                          (dict(phases=('intra',), shares=(1.,)), 'phases.ct')):
+    with pytest.raises(ValueError, match=message):
+      made(tiny(**leaves))
+  with caplog.at_level(logging.WARNING):
+    made(tiny())
+    assert not caplog.records
+    made(tiny(prototypes=5))
+  assert 'joint.prototypes=5 prototypes for batch.ct=4' in caplog.text
+
+
+def rows(rng, *shape):
+  return {'rng': jax.random.bits(jax.random.key(7), (4, 2), jnp.uint32), 'bad': jnp.zeros(4, jnp.int32),
+          ('ct' if len(shape) == 4 else 'xray'): jnp.asarray(rng.uniform(size=(4, 2, *shape)), jnp.float32)}
+
+
+@pytest.mark.slow
+def test_the_mask_phase_leaves_the_slice_encoder_bit_equal():
+  """One step of it: token, decoder and Transformer move, nothing else does, not even by decay."""
+  config = tiny()
+  config.optim.warmup_epochs = 0.
+  method = made(config)
+  optimiser = optim.of(config, method)
+  state = jax.jit(step.make_init(config, method, optimiser))(jax.random.key(0))
+  mesh = sharding.make_mesh(1, 1, jax.devices()[:1])
+  batch = {'ct': rows(np.random.default_rng(0), 8, 64, 64, 1)}
+  after, metrics = jax.jit(step.make_step(config, method, optimiser, 'mask', mesh))(state, batch)
+  assert metrics['train/skipped'] == 0 and metrics['train/mask_loss'] > 0
+  for name, x in optim.named_leaves(state.params).items():
+    y = optim.named_leaves(after.params)[name]
+    if not name.startswith(('mask/', 'inter/')):
+      np.testing.assert_array_equal(x, y, err_msg=name)
+  for name in ('mask/token', 'mask/decoder/kernel', 'inter/layer_0/attn/to_q/kernel'):
+    assert np.any(optim.named_leaves(state.params)[name] != optim.named_leaves(after.params)[name]), name
+
+
+def test_prototypes_wait_at_the_start_of_their_phase():
+  method = made(tiny())
+  modes = lambda phase, group: [int(method.phases[phase].update(group, i)) for i in range(6)]
+  assert modes('intra', 'head_prototypes')[:3] == [optim.SKIP, optim.TRAIN, optim.TRAIN]
+  assert modes('inter', 'prototypes')[4:] == [optim.SKIP, optim.TRAIN]
+  assert modes('inter', 'head') == [optim.SKIP] * 6 and modes('intra', 'encoder') == [optim.TRAIN] * 6
+  paths = models.param_shapes(models.build(tiny().model))
+  assert {method.groups('/'.join(('backbone', *path))) for path in paths} == {'encoder', 'fixed'}
