@@ -27,7 +27,8 @@ def grid(rows: dict, base: str = 'base', config: str = PHANTOM, common: dict | N
 
 def only(**terms) -> dict:
   """The losses of these names and weights alone."""
-  names = ('ct', 'drr', 'slice', 'xray', 'recon_ct', 'recon_drr', 'recon_xray', 'nce', 'pair_nce')
+  names = ('ct', 'drr', 'slice', 'slice_slice', 'ct_slice', 'xray', 'recon_ct', 'recon_drr', 'recon_xray', 'nce',
+           'pair_nce')
   return {f'loss.{n}': terms.get(n, 0.) for n in names}
 
 
@@ -46,7 +47,7 @@ GRIDS = {
         'reconstruction_only': only(recon_ct=5., recon_drr=5., recon_xray=5.),
         'contrast_only': only(nce=1., pair_nce=1.),
         'weak_reconstruction': {'loss.recon_ct': .5, 'loss.recon_drr': .5, 'loss.recon_xray': .5},
-        'unimiss_on_mit_plus': only(ct=1., slice=.1, xray=1.),      # no DRR, no reconstruction
+        'unimiss_on_mit_plus': only(ct=1., slice=1., slice_slice=1., ct_slice=1., xray=1.),
     }, common=ALL_TERMS),
     'slices': grid({
         'every_2nd': {'loss.slices': 2}, 'every_8th': {'loss.slices': 8},

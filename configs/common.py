@@ -110,7 +110,7 @@ def base() -> ConfigDict:
       lr=8e-4, lr_reference_batch=256,   # effective lr = lr * batch.ct / lr_reference_batch; 0 = lr as it is
       lr_scaling='linear',               # sqrt: lr * sqrt(batch.ct / lr_reference_batch), for AdamW at large batches
       schedule='cosine',                 # cosine | poly (power 0.9, no warm-up) | constant
-      schedule_unit='step',              # of poly: step | epoch
+      schedule_unit='step',              # of poly: step | epoch; dataset: the released counting of the pilot UniMiSS
       min_lr=1e-6, warmup_epochs=10.,    # of an epoch as defined above; may be a fraction
       layer_decay=1.,                    # fine-tuning: rate of a step of the encoder over that of the next one
       eps=1e-8,                          # of AdamW and LARC

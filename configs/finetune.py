@@ -12,10 +12,11 @@ presets
   cls3d cls2d seg3d seg2d      any manifest with labels or masks (the encoder of the papers)
   ricord chestxr jsrt bcv      protocols of the released UniMiSS+ code, as far as they are known; data and splits are
                                yours to bring. `:jsrt,quirks=1` keeps what its code does unlike its paper
+`:cls3d,model=mit_small` (or mit_tiny) classifies with the encoder of the pilot UniMiSS, which cannot segment.
 """
 from ml_collections import ConfigDict
 
-from configs import common, unimiss_plus
+from configs import common, unimiss, unimiss_plus
 
 PHANTOM = ('phantom_cls3d', 'phantom_cls2d', 'phantom_seg3d', 'phantom_seg2d')
 GENERIC = ('cls3d', 'cls2d', 'seg3d', 'seg2d')
@@ -24,7 +25,7 @@ FINDINGS = ('effusion_side', 'consolidation_lobe', 'consolidation_side', 'cardio
 
 
 def get_config(arg: str | None = None) -> ConfigDict:
-  preset, given = common.parse_arg(arg, PHANTOM + GENERIC + PROTOCOLS, quirks=0)
+  preset, given = common.parse_arg(arg, PHANTOM + GENERIC + PROTOCOLS, quirks=0, model='mit_plus')
   name = {'ricord': 'cls3d', 'chestxr': 'cls2d', 'jsrt': 'seg2d', 'bcv': 'seg3d'}.get(preset, preset)
   kind, dims = name[-5:-2], int(name[-2])
   c = base(kind, dims)
@@ -34,6 +35,8 @@ def get_config(arg: str | None = None) -> ConfigDict:
   elif preset in PROTOCOLS:
     {'ricord': ricord, 'chestxr': chestxr, 'jsrt': jsrt, 'bcv': bcv}[preset](c, bool(given['quirks']))
     c.optim.decay_exclude = ''      # everything decays
+  if given['model'] != 'mit_plus':
+    c.model = unimiss.network(given['model'])
   return c.lock()
 
 

@@ -42,6 +42,7 @@ def plain() -> ConfigDict:
   c.eval.select = 'eval/knn_auc_ct'
   c.loss = ConfigDict(dict(
       ct=1.0, drr=0.5, slice=0.1, xray=1.0,             # self-distillation; 0 = the term is not built
+      slice_slice=0.0, ct_slice=0.0,                    # of the pilot UniMiSS, student_teacher: its teacher sees slices
       recon_ct=5.0, recon_drr=5.0, recon_xray=5.0,      # MSE(sigmoid(reconstruction), the input)
       nce=0.0, pair_nce=0.0, nce_temp=0.2,              # InfoNCE: two views of one instance; a CT and its DRR
       student_temp=0.1, teacher_temp=0.04,

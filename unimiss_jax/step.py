@@ -5,7 +5,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from unimiss_jax import init_from, optim, sharding
-from unimiss_jax.methods.base import Aux
+from unimiss_jax.methods.base import Aux, timeline
 from unimiss_jax.state import TrainState
 
 
@@ -15,15 +15,16 @@ def schedules(config, method):
   batch = config.batch.ct if config.phases.ct else config.batch.xray
   ratio = batch / o.lr_reference_batch if o.lr_reference_batch else 1.
   lr = o.lr * (ratio**.5 if o.lr_scaling == 'sqrt' else ratio)
-  warm = int(round(o.warmup_epochs * method.steps_per_epoch))
+  place, total, until = timeline(method)
+  at_place = lambda schedule: lambda step: schedule(place(step))
   if o.schedule == 'cosine':
-    rates = optim.cosine_schedule(lr, o.min_lr, method.total_steps, min(warm, method.total_steps - 1))
+    rates = optim.cosine_schedule(lr, o.min_lr, total, min(until(o.warmup_epochs), total - 1))
   elif o.schedule == 'poly':
     hold = method.steps_per_epoch if o.schedule_unit == 'epoch' else 1
-    rates = optim.poly_schedule(lr, method.total_steps, hold=hold)
+    rates = optim.poly_schedule(lr, total, hold=hold)
   else:
     rates = optim.constant_schedule(lr)
-  return rates, optim.cosine_schedule(o.weight_decay, o.weight_decay_end, method.total_steps, 0)
+  return at_place(rates), at_place(optim.cosine_schedule(o.weight_decay, o.weight_decay_end, total, 0))
 
 
 def make_init(config, method, optimiser):

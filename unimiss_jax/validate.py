@@ -35,7 +35,7 @@ CHOICES = {
     'init_branch': ('', 'student', 'teacher'),
     'optim.name': ('adamw', 'larc'),
     'optim.schedule': ('cosine', 'poly', 'constant'),
-    'optim.schedule_unit': ('step', 'epoch'),
+    'optim.schedule_unit': ('step', 'epoch', 'dataset'),
     'optim.clip_mode': ('global', 'per_tensor'),
     'optim.decay_exclude': ('1d', 'tokens', ''),
     'optim.freeze_3d': ('mask', 'zero_grad', 'none'),
@@ -52,6 +52,7 @@ PARTS = ('encoder', 'decoder', 'head')
 STREAMS = ('ct', 'xray')
 TASKS = ('knn', 'retrieval', 'cls', 'seg', 'studies')
 DRR_LOSSES = ('drr', 'recon_drr', 'pair_nce')
+SLICE_LOSSES = ('slice', 'slice_slice', 'ct_slice')
 MOST_LEANING = 25.            # degrees: with it, and the window's place, a beam still runs along the axis of its view
 MOST_PHANTOMS = 1_000_000     # of the range that is kept for development
 PAIRS = ('precrop', 'scale', 'noise_std', 'blur_sigma', 'blur_p', 'blur_unit_p', 'mul', 'mul_p', 'add_p', 'add_unit_p',
@@ -207,11 +208,13 @@ def _place(config) -> None:
 
 
 def _pyramid(m) -> None:
-  """Lengths and divisibility of a MiT+."""
+  """Lengths and divisibility of a MiT or MiT+."""
   stages, decoder = len(m.depths), len(m.decoder_depths)
-  for name, n, like in (('embed_dims', stages + 2, 'depths, and two for the stem'), ('num_heads', stages, 'depths'),
+  stem = 2 if m.name == 'mit_plus' else 0         # levels finer than s1
+  and_two = ', and two for the finer levels' * bool(stem)
+  for name, n, like in (('embed_dims', stages + stem, 'depths' + and_two), ('num_heads', stages, 'depths'),
                         ('sr_ratios', stages, 'depths'), ('decoder_heads', decoder, 'decoder_depths'),
-                        ('decoder_dims', decoder + 2, 'decoder_depths, and two'), ('volume_size', 3, 'D, H, W'),
+                        ('decoder_dims', decoder + stem, 'decoder_depths' + and_two), ('volume_size', 3, 'D, H, W'),
                         ('decoder_sr_ratios', decoder, 'decoder_depths')):
     if len(m[name]) != n:
       raise ConfigError(f'model.{name}={tuple(m[name])}: needs {n} numbers, as model.{like}')
@@ -219,7 +222,7 @@ def _pyramid(m) -> None:
     raise ConfigError(f'model.depths={tuple(m.depths)}, model.decoder_depths={tuple(m.decoder_depths)}: '
                       'the pyramid has 4 stages and 3 on the way back')
   for dims, heads in (('embed_dims', 'num_heads'), ('decoder_dims', 'decoder_heads')):
-    for d, n in zip(m[dims][2:] if dims == 'embed_dims' else m[dims], m[heads]):
+    for d, n in zip(m[dims][stem:] if dims == 'embed_dims' else m[dims], m[heads]):
       if d % n:
         raise ConfigError(f'model.{heads}={tuple(m[heads])}: {n} heads do not divide the width {d} of model.{dims}')
 
@@ -240,8 +243,9 @@ def _model(config) -> None:
   sizes = {'model.image_size': (m.image_size,) * 2, 'model.volume_size': m.volume_size,
            'views.ct.size': config.views.ct.size, 'views.drr.size': (config.views.drr.size,) * 2,
            'views.xray.size': (config.views.xray.size,) * 2}
-  if config.phases.ct and has(config, 'loss.slice') and config.loss.slice:
-    sizes['views.ct.size (its slices enter the 2D branch, loss.slice > 0)'] = config.views.ct.size[1:]
+  for term in SLICE_LOSSES:
+    if config.phases.ct and has(config, f'loss.{term}') and config.loss[term]:
+      sizes[f'views.ct.size (its slices enter the 2D branch, loss.{term} > 0)'] = config.views.ct.size[1:]
   for path, size in sizes.items():
     try:
       model.check(size, model.in_channels[len(size) - 2])

@@ -1,7 +1,7 @@
 """The whole program at the smallest size: every loss term on, drop-path on, 8 virtual devices."""
 import json
 
-from configs import finetune, unimiss_plus
+from configs import finetune, unimiss, unimiss_plus
 
 MODEL = dict(embed_dims=(4, 4, 8, 8, 8, 8), decoder_dims=(8, 8, 8, 4, 4), num_heads=(1, 1, 1, 1),
              decoder_heads=(1, 1, 1), decoder_drop_path=0.5)
@@ -17,6 +17,22 @@ def config(**overrides):
   c.model.update(MODEL)
   c.head.update(dict(out_dim=32, hidden_dim=16, bottleneck_dim=8))
   c.loss.update(dict(ct=1., drr=.5, slice=.1, xray=1., recon_ct=5., recon_drr=5., recon_xray=5., slices=8))
+  c.eval.update(dict(every=0, records=24, fit=12))
+  c.checkpoint.every, c.log.every = 100, 1
+  return changed(c, overrides)
+
+
+def pilot(model='mit_small', **overrides):
+  """Pilot UniMiSS, preset phantom: two epochs of X-rays, two of CT, each of two steps."""
+  c = unimiss.get_config(f'phantom,model={model}')
+  c.unlock()
+  c.steps, c.epochs, c.data.phantom_records = 0, 4, 16
+  c.phases.update(dict(unit='epoch', ct=2, xray=2))
+  c.batch.ct = c.batch.xray = 8
+  c.model.update(dict(embed_dims=(8, 8, 8, 8), decoder_dims=(8, 8, 8), num_heads=(1, 1, 1, 1),
+                      decoder_heads=(1, 1, 1)) if model != 'mit_plus' else MODEL)
+  c.head.update(dict(out_dim=32, hidden_dim=16, bottleneck_dim=8))
+  c.loss.slices = 8
   c.eval.update(dict(every=0, records=24, fit=12))
   c.checkpoint.every, c.log.every = 100, 1
   return changed(c, overrides)

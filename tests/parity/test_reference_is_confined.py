@@ -13,11 +13,12 @@ import main
 for package in ('configs', 'unimiss_jax', 'data_pipelines'):
   top = importlib.import_module(package)
   for module in pkgutil.walk_packages(top.__path__, package + '.'):
-    if not module.name.endswith(('.torch_mit', '.torch_resnet')) or importlib.util.find_spec('torch'):
+    twin = module.name.endswith(('.torch_mit', '.torch_mit_pilot', '.torch_resnet'))
+    if not twin or importlib.util.find_spec('torch'):
       importlib.import_module(module.name)
 assert not {name for name in sys.modules if name.endswith('.reference')} & {
-    'unimiss_jax.drr.reference', 'unimiss_jax.losses.reference', 'unimiss_jax.models.reference',
-    'unimiss_jax.porting.reference', 'data_pipelines.reference'}
+    'unimiss_jax.drr.reference', 'unimiss_jax.losses.reference', 'unimiss_jax.methods.reference',
+    'unimiss_jax.models.reference', 'unimiss_jax.porting.reference', 'data_pipelines.reference'}
 '''
 BUILD = '''
 import jax, numpy as np
@@ -62,7 +63,7 @@ def python(folder, code, preset='plain'):
 
 def test_everything_else_works_without_it(copy):
   assert {p.parent.name for f in ('unimiss_jax', 'data_pipelines') for p in (ROOT / f).rglob('reference.py')} == {
-      'drr', 'losses', 'models', 'porting', 'data_pipelines'}
+      'drr', 'losses', 'methods', 'models', 'porting', 'data_pipelines'}
   assert not list(copy.rglob('reference.py'))
   run = python(copy, IMPORT_ALL + BUILD)
   assert run.returncode == 0, run.stderr[-2000:]

@@ -41,11 +41,12 @@ def config(meta, dtype):
 class Run:
   """A method built from a fixture's config, its weights, batches and compiled steps."""
 
-  def __init__(self, meta, shapes, dtype='float64'):
+  def __init__(self, meta, shapes, dtype='float64', config=config):
     self.meta, self.dtype, self.config = meta, dtype, config(meta, dtype)
     records = ROWS * meta['hyp']['niter']
     self.method = base.make(self.config, {'ct': (records, {}), 'xray': (records, {})})
-    self.optimiser = optim.adamw(self.method.groups, clip=self.config.optim.clip)
+    self.optimiser = optim.adamw(self.method.groups, clip=self.config.optim.clip,
+                                 clip_mode=self.config.optim.clip_mode)
     self.weights = porting.from_torch(
         {k: v.astype(dtype) for k, v in recipe.state_dict(meta['seed'], shapes).items()})
 

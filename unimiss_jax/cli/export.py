@@ -16,7 +16,7 @@ FORMATS = ('safetensors', 'pth', 'stablehlo')
 PARTS = ('encoder', 'decoder', 'head')
 DTYPES = ('float32', 'bfloat16', 'float16')
 EXPORTED = ('config.json', 'README.md', 'model.pth', 'model.safetensors', 'parity.json', 'torch_mit.py',
-            'forward_2d.stablehlo', 'forward_3d.stablehlo')
+            'torch_mit_pilot.py', 'forward_2d.stablehlo', 'forward_3d.stablehlo')
 USAGE = ('python -m unimiss_jax.cli.export (--workdir=RUN | --ckpt=ANY) --out=DIR [--branch=teacher] '
          '[--parts=encoder,decoder,head] [--format=safetensors,pth,stablehlo]')
 
@@ -66,13 +66,12 @@ def export(source, out, *, branch='', parts=PARTS, formats=FORMATS[:1], dtype='f
   import numpy as np
 
   from unimiss_jax import weights
+  from unimiss_jax.porting import arch as architectures
   from unimiss_jax.porting import convert, parity, to_torch, torch_files
   from unimiss_jax.porting.errors import PortingError
   from unimiss_jax.report import card
   with _needed('PyTorch, against which the weights are proven', 'torch'):
     import torch
-
-    from unimiss_jax.porting import torch_mit
   target = epath.Path(out)
   _refuse_foreign(target)
   logging.info('reading %s', source)
@@ -98,8 +97,9 @@ def export(source, out, *, branch='', parts=PARTS, formats=FORMATS[:1], dtype='f
   about = found.about
   if 'config' in found.about:
     about = {'preprocessing': card.contract(about['config']), 'training': card.training(found)}
-  config = {'model_type': 'mit_plus', 'architecture': 'MiT+', 'architectures': ['UniMiSSPlus'], 'torch': model,
-            'recorded': found.recorded, 'branch': found.branch, 'dtype': dtype,
+  twin = architectures.twin(found.arch)
+  config = {'model_type': twin.model_type, 'architecture': twin.architecture, 'architectures': [twin.network],
+            'torch': model, 'recorded': found.recorded, 'branch': found.branch, 'dtype': dtype,
             'parameters': sum(a.size for a in tensors.values()), **about}
 
   with tempfile.TemporaryDirectory() as folder:
@@ -126,7 +126,8 @@ def export(source, out, *, branch='', parts=PARTS, formats=FORMATS[:1], dtype='f
     torch_files.write(here / torch_files.WEIGHTS, tensors, model)
     if 'pth' in formats:
       torch.save({n: _tensor(torch, a) for n, a in tensors.items()}, here / 'model.pth')
-    shutil.copy(torch_mit.__file__, here / 'torch_mit.py')
+    file = f'{twin.file}.py'
+    shutil.copy(pathlib.Path(architectures.__file__).with_name(file), here / file)
     config['sha'] = torch_files.sha(here / torch_files.WEIGHTS)
     (here / torch_files.ABOUT).write_text(text(config))
     (here / 'parity.json').write_text(text(proof))
@@ -143,8 +144,12 @@ def export(source, out, *, branch='', parts=PARTS, formats=FORMATS[:1], dtype='f
 
 
 def describe(found, tensors, parts) -> dict:
-  """Keyword arguments of `torch_mit.UniMiSSPlus` for these tensors."""
-  from unimiss_jax.porting.arch import fields
+  """Keyword arguments of the PyTorch network for these tensors. Raises PortingError for a head that sees nothing."""
+  from unimiss_jax.porting.arch import fields, model
+  from unimiss_jax.porting.errors import PortingError
+  if 'head' in parts and 'decoder' not in parts and model(found.arch).embeds_in_decoder:
+    raise PortingError(f'{found.source}: its head reads the class token of the decoder. FIX: --parts=encoder, or with '
+                       'decoder and head')
   arch = fields(found.arch) | {'pos_interp': 'grid'}      # 'reference' is the same at the native sizes only
   shape = lambda name: tensors[f'head.{name}'].shape
   head = None

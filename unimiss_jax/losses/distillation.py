@@ -84,6 +84,11 @@ def center_of_next(before, after):
   return before
 
 
+def center_of_step(after: list):
+  """The centre that a step leaves behind, of those that its teachers' logits give: their mean."""
+  return sum(after) / len(after)
+
+
 def temperature_schedule(warmup: float, final: float, warmup_epochs: float, steps_per_epoch: int):
   """Teacher temperature: constant within an epoch, from `warmup` (first) to `final` (last of the warm-up epochs).
 

@@ -1,5 +1,5 @@
-"""What released code does and we would not: UniMiSS+ with the centre of its self-distillation, Joint with the error of
-hidden slices."""
+"""What released code does and we would not: UniMiSS and UniMiSS+ with the centre of their self-distillation, Joint with
+the error of hidden slices."""
 import jax
 
 
@@ -10,6 +10,11 @@ def center_of_next(before, after):
   momentum^3 of the old one.
   """
   return after
+
+
+def center_of_step(after: list):
+  """The centre that a step leaves behind: as its last loss has left it."""
+  return after[-1]
 
 
 def masked_slices(pred, target, mask):

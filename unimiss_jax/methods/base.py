@@ -22,6 +22,13 @@ class Phase(NamedTuple):
   couples_samples: bool = False  # a loss over pairs of samples: refuses optim.accum > 1
 
 
+class Timeline(NamedTuple):
+  """Where steps stand in the schedules of learning rate, decay and momentum."""
+  place: Callable                # step -> place; traceable
+  total: int                     # places that the schedules are laid out over
+  until: Callable                # epochs, may be a fraction -> places
+
+
 class Method(NamedTuple):
   init: Callable                 # (key, params=None) -> (params, extra); params: start from these instead
   groups: Callable               # parameter name -> group; 'fixed' is never trained
@@ -34,6 +41,12 @@ class Method(NamedTuple):
   steps_per_epoch: int
   rate: Callable = lambda group: 1.    # group -> factor of the learning rate
   given: Callable = dict         # () -> {parameter name: array} that a new run starts from, beside init_from
+  timeline: Timeline | None = None     # None: places are steps
+
+
+def timeline(method: Method) -> Timeline:
+  return method.timeline or Timeline(lambda step: step, method.total_steps,
+                                     lambda epochs: int(round(epochs * method.steps_per_epoch)))
 
 
 def make(config, data) -> Method:

@@ -27,6 +27,8 @@ def make(config, data) -> Method:
   total = config.steps or config.epochs * steps_per_epoch
   model = models.build(config.model)
   segments, other = task.kind == 'seg', {2: '3D', 3: '2D'}[FIELD[stream]]
+  if segments and model.embeds_in_decoder:
+    raise ValueError(f'model.name={config.model.name!r} has no maps to segment: use mit_plus')
   if segments:
     classes = len(task.classes) if task.exclusive else spec['mask'][0][-1]
     level_weights = segmentation.weights(len(model.decoder_dims) if task.deep_supervision else 1)

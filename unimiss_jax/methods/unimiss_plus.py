@@ -1,6 +1,7 @@
 """UniMiSS+: one pyramid U-shaped Transformer for CT, their DRR and slices, and X-rays.
 
-CT phase      self-distillation CT->CT, DRR->CT, slices->CT; reconstruction of CT and DRR
+CT phase      self-distillation CT->CT, DRR->CT, slices->CT (optionally slices->slices and CT->slices, as in the pilot
+              UniMiSS); reconstruction of CT and DRR
 X-ray phase   self-distillation and reconstruction of real radiographs
 (after the released code of UniMiSS+, Xie et al. 2024; loss weights in configs/unimiss_plus.py).
 Optional terms of our own: InfoNCE between two views of an instance and between a CT and its DRR; KoLeo; input of which
@@ -21,33 +22,35 @@ from unimiss_jax.methods.base import Aux, Method, Phase, view_keys, weighted
 from unimiss_jax.models.heads import DINOHead
 from unimiss_jax.optim import SKIP, TRAIN, ZERO, cosine_schedule
 
-DISTILL = ('ct', 'drr', 'slice', 'xray')
+DISTILL = ('ct', 'drr', 'slice', 'slice_slice', 'ct_slice', 'xray')
 RECONSTRUCT = ('recon_ct', 'recon_drr', 'recon_xray')
 FREEZE_3D = {'mask': SKIP, 'zero_grad': ZERO, 'none': TRAIN}
 CENTER_UPDATES = {'once': 'unimiss_jax.losses.distillation', 'sequential': 'unimiss_jax.losses.reference'}
 
 
-def make(config, data) -> Method:
+def make(config, data, times=alternation.paired) -> Method:
+  """The method; times: (config, data) -> when what happens, an `alternation.Times`."""
   loss, more, batch, speed = config.loss, config.extra_loss, config.batch, config.speed
   check_terms(loss, config.phases)
   check_masks(more.mask_ratio)
   distils, masks = any(loss[k] for k in DISTILL), any(more.mask_ratio)
   prototypes = distils and not more.coding_rate
   reconstructs = any(loss[k] for k in RECONSTRUCT)
-  leading = next(iter(data))                  # CT, where there is CT
-  steps_per_epoch = max(data[leading][0] // batch[leading], 1)
-  total = config.steps or config.epochs * steps_per_epoch
-  epoch = lambda epochs: int(round(epochs * steps_per_epoch))
+  times = times(config, data)
 
   model = models.build(config.model)
+  if model.embeds_in_decoder and (reconstructs or masks):
+    raise ValueError(f'model.name={config.model.name!r} reconstructs nothing: set loss.recon_ct, loss.recon_drr, '
+                     'loss.recon_xray and extra_loss.mask_ratio to 0, or use mit_plus')
   h = config.head
   head = DINOHead(out_dim=h.out_dim, hidden_dim=h.hidden_dim, bottleneck_dim=h.bottleneck_dim, last_layer=prototypes,
-                  linear_init=config.model.init, dtype=config.model.dtype)
-  embed_dim = config.model.embed_dims[-1]
-  momentum = cosine_schedule(config.ema.momentum, config.ema.momentum_end, total, 0)
+                  linear_init=config.model.get('init', 'released'), dtype=config.model.dtype)
+  embed_dim = model.embedding_dim()
+  ema_schedule = cosine_schedule(config.ema.momentum, config.ema.momentum_end, times.timeline.total, 0)
+  momentum = lambda step: ema_schedule(times.timeline.place(step))
   teacher_temp = distillation.temperature_schedule(
-      loss.warmup_teacher_temp, loss.teacher_temp, loss.teacher_temp_warmup, steps_per_epoch)
-  center_of_next = importlib.import_module(CENTER_UPDATES[loss.center_updates]).center_of_next
+      loss.warmup_teacher_temp, loss.teacher_temp, loss.teacher_temp_warmup, times.steps_per_epoch)
+  centers = importlib.import_module(CENTER_UPDATES[loss.center_updates])
 
   def init(key, params=None):
     if params is None:
@@ -59,7 +62,8 @@ def make(config, data) -> Method:
     return params, {'teacher': jax.tree.map(jnp.copy, params), 'center': jnp.zeros((1, h.out_dim))}
 
   def backbone(params, x, keys=None, decode=False):
-    return model.apply({'params': params['backbone']}, x, train=keys is not None, decode=decode, row_keys=keys)
+    return model.apply({'params': params['backbone']}, x, train=keys is not None,
+                       decode=decode or model.embeds_in_decoder, row_keys=keys)
 
   def views(params, x, keys, decode):
     """x [B, V, ...], keys [B, V] -> embedding [B, V, E], reconstruction [B, n, ...] of the first n = decode views or
@@ -92,14 +96,20 @@ def make(config, data) -> Method:
       z, group = jnp.stack([z[0], jnp.roll(z[1], 1, axis=0)]), jnp.stack([group, jnp.roll(group, 1)])
     return contrastive.nt_xent(z, loss.nce_temp, group)
 
-  def teach(extra, x):
-    """Teacher logits of two views [B, 2, ...], or embeddings where no prototypes compare them; the encoder alone."""
-    embedding = backbone(extra['teacher'], x.reshape(-1, *x.shape[2:])).embedding.reshape(*x.shape[:2], -1)
-    return jax.lax.stop_gradient(of_head(extra['teacher'], embedding) if prototypes else embedding)
+  def teach(extra, x, step):
+    """Teacher logits of two views [B, 2, ...] (their slices: [B, 2 * S, ...], averaged), or embeddings where no
+    prototypes compare them; as little of the network as gives an embedding."""
+    embedding = backbone(extra['teacher'], x.reshape(-1, *x.shape[2:])).embedding
+    embedding = embedding.reshape(len(x), 2, *((-1,) if x.shape[1] > 2 else ()), embed_dim)
+    if not prototypes:
+      return jax.lax.stop_gradient(embedding if embedding.ndim == 3 else spread.unit(embedding).mean(2))
+    return jax.lax.stop_gradient(students(extra['teacher'], {'t': embedding}, teacher_temp(step))['t'])
 
   def of_teacher(t, center, step):
-    seen = collapse.teacher(t, center, teacher_temp(step)) | {'train/teacher_temp': teacher_temp(step)}
-    return {'train/momentum': momentum(step)} | (seen if prototypes else {})
+    if not prototypes:       # embeddings, which no temperature and no centre touch
+      return {'train/momentum': momentum(step)}
+    return {'train/momentum': momentum(step), 'train/teacher_temp': teacher_temp(step)} | collapse.teacher(
+        t, center, teacher_temp(step))
 
   def hidden(x, rng):
     """[B, V, *S, C] -> what the student is shown of it, and where it is hidden [B, V, *S] or None."""
@@ -131,7 +141,7 @@ def make(config, data) -> Method:
     drr, r_drr, cut = None, None, None
     if loss.drr or loss.recon_drr or loss.pair_nce:
       drr = rows['drr']
-    if loss.slice:
+    if loss.slice or loss.slice_slice:
       cut = slices(rows['ct'])
     decode = 2 * bool(loss.recon_drr)
     if drr is not None and cut is not None and speed.shared_2d and drr.shape[2:] == cut.shape[2:]:
@@ -145,10 +155,10 @@ def make(config, data) -> Method:
         cut, _ = views(params, cut, keys(cut.shape[1]), 0)
     return drr, r_drr, cut if cut is None else cut.reshape(len(cut), 2, -1, embed_dim)
 
-  def pooled(x):      # logits of slices [B, 2, S, K]
-    return distillation.mean_probability(x, loss.student_temp, 2) if loss.slice_pool == 'probability' else x.mean(2)
+  def pooled(x, temperature):      # logits of slices [B, 2, S, K]
+    return distillation.mean_probability(x, temperature, 2) if loss.slice_pool == 'probability' else x.mean(2)
 
-  def students(params, e: dict) -> dict:
+  def students(params, e: dict, temperature=loss.student_temp) -> dict:
     """{name: embeddings [B, 2, E], of slices [B, 2, S, E]} -> {name: logits [B, 2, K]}, the mean over slices.
 
     The last layer is linear: unit vectors may be averaged before it, and all names may pass it together.
@@ -159,7 +169,7 @@ def make(config, data) -> Method:
       e = {k: v if v.ndim == 3 else v.mean(2) for k, v in e.items()}
     if not speed.shared_head or loss.slice_pool == 'probability':
       x = {k: of_head(params, v) for k, v in e.items()}
-      return {k: v if v.ndim == 3 else pooled(v) for k, v in x.items()}
+      return {k: v if v.ndim == 3 else pooled(v, temperature) for k, v in x.items()}
     z = {k: of_head(params, v, 'unit') for k, v in e.items()}
     z = jnp.stack([v if v.ndim == 3 else v.mean(2) for v in z.values()], 1)      # [B, names, 2, D]
     return dict(zip(e, jnp.moveaxis(of_head(params, z, 'cosines'), 1, 0)))
@@ -173,16 +183,19 @@ def make(config, data) -> Method:
     e_ct, r_ct = views(params, x_ct, view_keys(rows['rng'], 2), 2 * bool(loss.recon_ct))
     metrics = embedding_health(e_ct)
     e_drr, r_drr, e_slice = pictures(params, rows | {'drr': x_drr})
-    if loss.ct or loss.drr or loss.slice:
-      t = teach(extra, rows['ct'])
-      metrics |= of_teacher(t, extra['center'], step)
-      weights = {name: (w, e) for name, w, e in (('dino_loss', loss.ct, e_ct), ('drr_loss', loss.drr, e_drr),
-                                                 ('slice_loss', loss.slice, e_slice)) if w}
-      center = extra['center']
-      for name, student in students(params, {k: e for k, (_, e) in weights.items()}).items():
-        value, mean['center'] = distil(student, t, center, step)
-        center = center_of_next(center, mean['center'])
-        terms[name] = (weights[name][0], value)
+    on = {name: term for name, term in ct_terms(loss).items() if term[0]}
+    if on:
+      shown = {'ct': lambda: rows['ct'], 'slice': lambda: slices(rows['ct'])}
+      t = {name: teach(extra, shown[name](), step) for name in dict.fromkeys(teacher for *_, teacher in on.values())}
+      metrics |= of_teacher(next(iter(t.values())), extra['center'], step)
+      e = {'ct': e_ct, 'drr': e_drr, 'slice': e_slice}
+      s = students(params, {name: e[name] for name in dict.fromkeys(student for _, student, _ in on.values())})
+      center, after = extra['center'], {}      # of each teacher
+      for name, (weight, student, teacher) in on.items():
+        value, after[teacher] = distil(s[student], t[teacher], center, step)
+        center = centers.center_of_next(center, after[teacher])
+        terms[f'{name}_loss'] = (weight, value)
+      mean['center'] = centers.center_of_step(list(after.values()))
       metrics |= divergence(terms, metrics)
     if loss.recon_ct:
       target = reconstruction.minmax(rows['ct'], loss.recon_minmax_eps, axes=(2, 3, 4))
@@ -212,7 +225,7 @@ def make(config, data) -> Method:
     e, r = views(params, x, view_keys(rows['rng'], 2), 2 * bool(loss.recon_xray))
     metrics = embedding_health(e)
     if loss.xray:
-      t = teach(extra, rows['xray'])
+      t = teach(extra, rows['xray'], step)
       metrics |= of_teacher(t, extra['center'], step)
       value, mean['center'] = distil(of_head(params, e) if prototypes else e, t, extra['center'], step)
       terms['dino_loss'] = (loss.xray, value)
@@ -239,13 +252,13 @@ def make(config, data) -> Method:
       if group == '3d' and phase == 'xray':
         return FREEZE_3D[config.optim.freeze_3d]
       if group == 'last_layer':
-        return jnp.where(step < epoch(config.optim.freeze_last_layer), SKIP, TRAIN)
+        return jnp.where(step < times.until(config.optim.freeze_last_layer), SKIP, TRAIN)
       return TRAIN
     return mode
 
   def groups(name):
-    if name.endswith('weight_g') or ('/Dec' in name or 'TransposeConv' in name or 'recon_conv' in name
-                                     or name.startswith('backbone/norm')) and not reconstructs:
+    decoder = name.startswith('backbone/') and not name.startswith('backbone/transformer/')
+    if name.endswith('weight_g') or decoder and not (reconstructs or model.embeds_in_decoder):
       return 'fixed'
     if name.startswith('head/') and not (prototypes or loss.nce or loss.pair_nce):
       return 'fixed'
@@ -278,16 +291,21 @@ def make(config, data) -> Method:
            'xray': Phase({'xray': batch.xray}, xray_loss, update('xray'), chance(config, batch.xray, 'xray')),
            'joint': Phase({'ct': batch.ct, 'xray': batch.xray}, joint_loss, update('joint'),
                           chance(config, batch.ct, 'ct') | of_xray(chance(config, batch.xray, 'xray')))}
-  schedule, names = alternation.schedule(config.phases, steps_per_epoch)
   couples = bool(loss.nce or loss.pair_nce or loss.center_updates != 'once' or more.koleo or more.coding_rate)
   return Method(
-      init=init, groups=groups, schedule=schedule, post=post,
-      phases={n: build[n]._replace(couples_samples=couples) for n in names},
+      init=init, groups=groups, schedule=times.at, post=post,
+      phases={n: build[n]._replace(couples_samples=couples) for n in times.names},
       weights={'student': lambda params, extra: params}
       | ({'teacher': lambda params, extra: extra['teacher']} if distils else {}),
       predict={'embed': embed} | ({'project': compare} if prototypes or loss.nce or loss.pair_nce else {})
       | ({'reconstruct': reconstruct} if reconstructs else {}),
-      total_steps=total, steps_per_epoch=steps_per_epoch)
+      total_steps=times.total_steps, steps_per_epoch=times.steps_per_epoch, timeline=times.timeline)
+
+
+def ct_terms(loss) -> dict:
+  """Self-distillation of CT: {name: (weight, what the student sees, what the teacher sees)}, in the released order."""
+  return {'dino': (loss.ct, 'ct', 'ct'), 'drr': (loss.drr, 'drr', 'ct'), 'slice': (loss.slice, 'slice', 'ct'),
+          'slice_slice': (loss.slice_slice, 'slice', 'slice'), 'ct_slice': (loss.ct_slice, 'ct', 'slice')}
 
 
 def embedding_health(e):
@@ -305,7 +323,8 @@ def divergence(terms, metrics) -> dict:
 
 def check_terms(loss, phases) -> None:
   """Raises ValueError for a phase that would have no loss."""
-  of = {'ct': ('ct', 'drr', 'slice', 'recon_ct', 'recon_drr', 'nce', 'pair_nce'), 'xray': ('xray', 'recon_xray', 'nce')}
+  of = {'ct': ('ct', 'drr', 'slice', 'slice_slice', 'ct_slice', 'recon_ct', 'recon_drr', 'nce', 'pair_nce'),
+        'xray': ('xray', 'recon_xray', 'nce')}
   for phase, terms in of.items():
     if phases[phase] and not any(loss[t] for t in terms):
       raise ValueError(f'phases.{phase}={phases[phase]}, but none of its losses is on ({", ".join(terms)} are all 0): '
@@ -327,10 +346,10 @@ def chance(config, batch, stream) -> dict[str, float]:
   """Value of each loss part for a model that tells nothing apart."""
   uniform, out = math.log(config.head.out_dim), {}
   loss = config.loss
-  for name, weight in {'ct': (('dino_loss', loss.ct), ('drr_loss', loss.drr), ('slice_loss', loss.slice)),
-                       'xray': (('dino_loss', loss.xray),)}[stream]:
+  weights = {name: weight for name, (weight, *_) in ct_terms(loss).items()} if stream == 'ct' else {'dino': loss.xray}
+  for name, weight in weights.items():
     if weight and not config.extra_loss.coding_rate:
-      out[f'train/{name}'] = uniform
+      out[f'train/{name}_loss'] = uniform
   if loss.nce:
     out['train/nce_loss'] = math.log(2 * batch - 1)
   if loss.pair_nce and stream == 'ct':

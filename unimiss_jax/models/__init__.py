@@ -6,11 +6,12 @@ import jax
 import jax.numpy as jnp
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from unimiss_jax.models.mit import MiTPlus
+from unimiss_jax.models.mit import MiT, MiTPlus, MiTTiny
 from unimiss_jax.models.resnet import ResNet
 from unimiss_jax.models.vit import ViT
 
-BACKBONES = {'mit_plus': MiTPlus, 'resnet50': ResNet, 'vit_b16': ViT, 'vit_tiny': ViT}
+BACKBONES = {'mit_plus': MiTPlus, 'mit_small': MiT, 'mit_tiny': MiTTiny, 'resnet50': ResNet, 'vit_b16': ViT,
+             'vit_tiny': ViT}
 SIZES = {'vit_tiny': dict(embed_dims=(192,), num_heads=(3,))}      # of what is no default; Touvron et al. 2021
 
 

@@ -61,17 +61,22 @@ class TransposedConv(nn.Module):
     return conv.transposed_conv(x.astype(self.dtype), w.astype(self.dtype)) + b.astype(self.dtype)
 
 
-class DepthwiseReduce(nn.Module):
-  """Depthwise convolution with kernel = stride = ratio on every axis and a bias: the spatial reduction of attention."""
+class Reduce(nn.Module):
+  """Convolution with kernel = stride = ratio on every axis and a bias: the spatial reduction of attention.
+
+  Depthwise, or `dense`: over all channels.
+  """
   ratio: int
+  dense: bool = False
   dtype: Any = jnp.float32
 
   @nn.compact
   def __call__(self, x):
     n, c = x.ndim - 2, x.shape[-1]
-    w = self.param('kernel', zeros, (*(self.ratio,) * n, 1, c), wide(self.dtype))
+    w = self.param('kernel', zeros, (*(self.ratio,) * n, c if self.dense else 1, c), wide(self.dtype))
     b = self.param('bias', zeros, (c,), wide(self.dtype))
-    return conv.depthwise_patch_conv(x.astype(self.dtype), w.astype(self.dtype)) + b.astype(self.dtype)
+    reduced = conv.patch_conv if self.dense else conv.depthwise_patch_conv
+    return reduced(x.astype(self.dtype), w.astype(self.dtype)) + b.astype(self.dtype)
 
 
 class InstanceNorm(nn.Module):
@@ -91,16 +96,17 @@ class InstanceNorm(nn.Module):
 
 
 class ConvBlock(nn.Module):
-  """Convolution 3^n -> InstanceNorm -> LeakyReLU 0.01; `residual` adds the input (pooled and projected if strided)."""
+  """Convolution of odd width -> InstanceNorm -> LeakyReLU 0.01; `residual` adds the input (pooled, projected)."""
   features: int
   stride: tuple
   residual: bool = False
+  kernel: int = 3
   dtype: Any = jnp.float32
 
   @nn.compact
   def __call__(self, x):                                     # [B, *S, C]
     n = x.ndim - 2
-    y = Conv(self.features, (3,) * n, self.stride, dtype=self.dtype, name='conv')(x)
+    y = Conv(self.features, (self.kernel,) * n, self.stride, dtype=self.dtype, name='conv')(x)
     y = nn.leaky_relu(InstanceNorm(dtype=self.dtype, name='norm')(y), 0.01)
     if not self.residual:
       return y
@@ -146,6 +152,7 @@ class Attention(nn.Module):
   sr_ratio: int
   cls_token: bool
   qkv_bias: bool = True
+  dense_reduction: bool = False
   dtype: Any = jnp.float32
 
   @nn.compact
@@ -157,7 +164,7 @@ class Attention(nn.Module):
     if self.sr_ratio > 1:
       first = int(self.cls_token)
       maps = x[:, first:].reshape(b, *grid, c)
-      maps = DepthwiseReduce(self.sr_ratio, self.dtype, name=f'sr{len(grid)}D')(maps)
+      maps = Reduce(self.sr_ratio, self.dense_reduction, self.dtype, name=f'sr{len(grid)}D')(maps)
       x = jnp.concatenate([x[:, :first], maps.reshape(b, -1, c)], 1)
       x = layer_norm(1e-5, self.dtype, 'norm')(x)
     k, v = jnp.moveaxis(dense(2 * c, 'kv')(x).reshape(b, -1, 2, heads, depth), 2, 0)
@@ -193,6 +200,7 @@ class Block(nn.Module):
   qkv_bias: bool = True
   drop_path: float = 0.
   epsilon: float = 1e-6
+  dense_reduction: bool = False
   dtype: Any = jnp.float32
 
   @nn.compact
@@ -205,7 +213,8 @@ class Block(nn.Module):
       else:
         keys = jax.vmap(lambda key: jax.random.fold_in(key, 2 * self.index + branch))(row_keys)
       return drop_path(y, self.drop_path, keys)
-    attention = Attention(self.num_heads, self.sr_ratio, self.cls_token, self.qkv_bias, self.dtype, name='attn')
+    attention = Attention(self.num_heads, self.sr_ratio, self.cls_token, self.qkv_bias, self.dense_reduction,
+                          self.dtype, name='attn')
     x = x + drop(attention(layer_norm(self.epsilon, self.dtype, 'norm1')(x), grid), 0)
     mlp = Mlp(int(x.shape[-1] * self.mlp_ratio), self.dtype, name='mlp')
     return x + drop(mlp(layer_norm(self.epsilon, self.dtype, 'norm2')(x)), 1)

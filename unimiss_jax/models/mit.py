@@ -7,32 +7,24 @@ linears and norms are shared. Arithmetic and names are those of the released cod
 from __future__ import annotations
 
 import dataclasses
-import importlib
-import math
-import re
-from typing import Any, NamedTuple
+from typing import Any
 
 import flax.linen as nn
-import jax
 import jax.numpy as jnp
 import numpy as np
 
 from unimiss_jax.models import conv, layers
+from unimiss_jax.models.mit_pilot import MiT, MiTTiny
+from unimiss_jax.models.pyramid import MiTOutput, Pyramid, initial, positions
 
-MIN_SIZE_2D, MIN_SIZE_3D, MIN_DEPTH = 64, 32, 16
+__all__ = ['MiT', 'MiTOutput', 'MiTPlus', 'MiTTiny']
+
+MIN_SIZE_2D, MIN_SIZE_3D, MIN_DEPTH, DEPTH_STEP = 64, 32, 16, 4
 BLOCK_STATIC = 2, 3      # grid and train, behind self and x
 REMAT = ('', 'convs', 'blocks', 'all')
-POS_INTERP = {'grid': 'unimiss_jax.models.layers', 'reference': 'unimiss_jax.models.reference'}
 
 
-class MiTOutput(NamedTuple):
-  """embedding [B, E]; pyramid, finest map first, channels last; reconstruction like the input, before the sigmoid."""
-  embedding: jax.Array
-  pyramid: tuple
-  reconstruction: jax.Array | None
-
-
-class Trunk(nn.Module):
+class Trunk(Pyramid):
   """The fields that encoder and decoder share, and the sizes that follow from them.
 
   Attributes:
@@ -80,19 +72,15 @@ class Trunk(nn.Module):
   remat: str = ''
   fold: bool = True
 
-  def native_size(self, n: int) -> tuple:
-    return (self.image_size,) * 2 if n == 2 else tuple(self.volume_size)
-
   def strides(self, n: int) -> list[tuple]:
     """Of c1, s1, s2, s3, s4 in n dimensions."""
     if n == 2:
       return [(2, 2)] * 4 + [(self.last_stride,) * 2]
     return [(1, 2, 2), (2, 2, 2), (2, 2, 2), (1, 2, 2), (1, self.last_stride, self.last_stride)]
 
-  def grids(self, size) -> list[tuple]:
-    """Sizes of c1, s1, s2, s3, s4 for an input of this size."""
-    total = np.cumprod(self.strides(len(size)), axis=0)
-    return [tuple(int(s) for s in np.asarray(size) // t) for t in total]
+  def embedding_dim(self) -> int:
+    """Width of the embedding."""
+    return self.embed_dims[-1]
 
   def kept(self, module, kind: str, static: tuple = ()):
     """`module`, or the same that keeps nothing but its inputs for the backward pass; static: places of arguments."""
@@ -102,18 +90,11 @@ class Trunk(nn.Module):
 
   def check(self, size, channels: int):
     """Raises ValueError, naming the nearest valid size, for an input the strides do not divide or that is too small."""
-    if self.pos_interp not in POS_INTERP:
-      raise ValueError(f'model.pos_interp={self.pos_interp!r} unknown: use one of {", ".join(POS_INTERP)}')
     n, step = len(size), 16 * self.last_stride
-    least = [MIN_SIZE_2D] * 2 if n == 2 else [MIN_DEPTH, MIN_SIZE_3D, MIN_SIZE_3D]
-    steps = [step] * 2 if n == 2 else [4, step, step]
-    nearest = tuple(max(math.ceil(lo / m), round(s / m)) * m for s, lo, m in zip(size, least, steps))
-    if tuple(size) != nearest:
-      axes, depth = ('H, W', '') if n == 2 else ('D, H, W', f'D a multiple of 4 from {MIN_DEPTH}, ')
-      raise ValueError(f'input size ({axes}) = {tuple(size)}: expected {depth}H and W multiples of {step} from '
-                       f'{least[-1]}; the nearest valid size is {nearest}')
-    if channels != self.in_channels[n - 2]:
-      raise ValueError(f'input has {channels} channels: expected {self.in_channels[n - 2]} for {n}-D inputs')
+    if n == 2:
+      self.check_input(size, channels, (MIN_SIZE_2D,) * 2, (step,) * 2)
+    else:
+      self.check_input(size, channels, (MIN_DEPTH, MIN_SIZE_3D, MIN_SIZE_3D), (DEPTH_STEP, step, step))
 
 
 class Encoder(Trunk):
@@ -196,6 +177,7 @@ class MiTPlus(Trunk):
   H and W are multiples of 32 (16 with `last_stride=1`), at least 64 in 2-D; depth a multiple of 4, at least 16; else
   ValueError. Drop-path needs `row_keys` [B] or an rng named 'drop_path' where `train` is set.
   """
+  embeds_in_decoder = False      # no annotation: a fact, not a field
 
   def __call__(self, x, train=False, decode=True, row_keys=None) -> MiTOutput:
     """Embedding and pyramid; the reconstruction (None with decode=False) is raw: its sigmoid is compared with x.
@@ -209,35 +191,9 @@ class MiTPlus(Trunk):
     """The decoder's five maps, coarsest first, `decoder_dims` channels: what segmentation heads use."""
     return self._run(x, train, True, row_keys)[2]
 
-  def input_shapes(self) -> tuple:
-    """One image and one volume of native size: together they touch every parameter."""
-    return tuple((1, *self.native_size(n), self.in_channels[n - 2]) for n in (2, 3))
-
   def initial(self, path: tuple, shapes: dict) -> tuple[str, float]:
-    """How a parameter starts: ('constant', value), ('normal', std) or ('uniform', bound).
-
-    Args:
-      path: names from the root to the parameter.
-      shapes: path -> shape of all parameters.
-    """
-    if self.init not in ('released', 'fan_in'):
-      raise ValueError(f"model.init={self.init!r}: known are 'released', 'fan_in'")
-    kernel = shapes.get((*path[:-1], 'kernel'), ())          # of the same layer; norms have none
-    if path[-1] in ('scale', 'bias') and len(kernel) <= 2:
-      return 'constant', float(path[-1] == 'scale')
-    if path[-1] not in ('kernel', 'bias'):                   # class token, position tables
-      return 'normal', 0.02
-    *taps, fan_in, out = kernel
-    taps = math.prod(taps)
-    if len(kernel) == 2:
-      return 'normal', 0.02 if self.init == 'released' else fan_in**-0.5
-    if path[-2] == 'skip':
-      return 'normal', fan_in**-0.5
-    transposed = re.search('TransposeConv|DecEmbed.*/proj/', '/'.join(path))
-    kaiming = path[0] == 'transformer' or len(kernel) == 5   # the decoder's 2-D ones keep PyTorch's default
-    if path[-1] == 'kernel' and kaiming and not transposed:
-      return 'normal', (2 / (taps * out))**0.5
-    return 'uniform', (taps * (out if transposed else fan_in))**-0.5
+    """How a parameter starts; arguments and result as of `pyramid.initial`."""
+    return initial(path, shapes, self.init)
 
   @nn.compact
   def _run(self, x, train, decode, row_keys, maps=True):
@@ -286,10 +242,3 @@ class MiTPlus(Trunk):
     w = w.reshape(w.shape[-2:])                              # last(up(x) + skip) = x . (kernel . w) + skip . w + ...
     folded = [a.astype(self.dtype) for a in (kernel @ w, w, bias @ w + b)]
     return embedding, pyramid, None, conv.transposed_conv(x, folded[0]) + skips[0] @ folded[1] + folded[2]
-
-
-def positions(module, name, dim, native, grid, cls_token):
-  """The module's position table `name`, made for the native grid, on this grid."""
-  table = module.param(name, layers.zeros, (1, int(cls_token) + math.prod(native), dim), layers.wide(module.dtype))
-  resize = importlib.import_module(POS_INTERP[module.pos_interp]).resize_positions
-  return resize(table, native, grid, cls_token).astype(module.dtype)

@@ -149,6 +149,7 @@ class ViT(Fields):
   of `patch`, depth of `patch_depth`; else ValueError. Drop-path needs `row_keys` [B] or an rng named 'drop_path' where
   `train` is set.
   """
+  embeds_in_decoder = False      # no annotation: a fact, not a field
 
   def setup(self):
     fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(Fields) if f.name not in ('parent', 'name')}
@@ -176,6 +177,9 @@ class ViT(Fields):
       if x is not None:
         self.check(x.shape[1:-1], x.shape[-1])
     return self.transformer(image, volume, slices, hidden, train, row_keys)
+
+  def embedding_dim(self) -> int:
+    return self.embed_dims[-1]
 
   def input_shapes(self) -> tuple:
     """One image and one volume of native size: together they touch every parameter."""

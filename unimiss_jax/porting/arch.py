@@ -1,12 +1,14 @@
-"""Which MiT+ a set of tensors is."""
+"""Which MiT+, or MiT of the pilot UniMiSS, a set of tensors is."""
 from __future__ import annotations
 
 import collections
 import functools
+import importlib
 import re
+from typing import NamedTuple
 
 from unimiss_jax import models
-from unimiss_jax.models.mit import MiTPlus
+from unimiss_jax.models.mit import MiT, MiTPlus
 from unimiss_jax.models.vit import ViT
 from unimiss_jax.porting.errors import PortingError
 
@@ -15,17 +17,38 @@ TRAINING = ('encoder_drop_path', 'decoder_drop_path', 'init', 'dtype', 'remat', 
 SHAPELESS = ('num_heads', 'decoder_heads')      # change results, but not shapes
 
 
-def model(arch) -> MiTPlus | ViT:
-  """The module of `arch`: a dict of fields, or 'mit_plus' for its defaults; fields with `patch` are those of a ViT."""
+def model(arch) -> MiTPlus | MiT | ViT:
+  """The module of `arch`: a name for its defaults, or a dict of fields: `patch` makes a ViT, four widths a MiT."""
   if isinstance(arch, str):
     if arch not in models.BACKBONES:
       raise PortingError(f'arch={arch!r}: known are {", ".join(models.BACKBONES)}, or a dict of fields')
     return models.BACKBONES[arch]()
-  of = ViT if 'patch' in arch else MiTPlus
+  made = ViT if 'patch' in arch else MiT if len(arch.get('embed_dims', ())) == 4 else MiTPlus
   try:
-    return of(**{k: tuple(v) if isinstance(v, list) else v for k, v in arch.items()})
+    return made(**{k: tuple(v) if isinstance(v, list) else v for k, v in arch.items()})
   except TypeError as e:
-    raise PortingError(f'arch: {" ".join(str(e).split())}. FIX: use the fields of {of.__name__}') from e
+    raise PortingError(f'arch: {" ".join(str(e).split())}. FIX: use the fields of {made.__name__}') from e
+
+
+class Twin(NamedTuple):
+  """What a network is called, and where it is in PyTorch."""
+  architecture: str
+  model_type: str
+  file: str           # module of this package that a PyTorch user copies
+  network: str        # its class of backbone and head
+
+
+def twin(arch) -> Twin:
+  """The PyTorch twin of an architecture."""
+  if isinstance(model(arch), MiT):
+    return Twin('MiT', 'mit', 'torch_mit_pilot', 'UniMiSS')
+  return Twin('MiT+', 'mit_plus', 'torch_mit', 'UniMiSSPlus')
+
+
+def torch_network(description: dict):
+  """The PyTorch network of the keyword arguments that an export describes. Needs torch."""
+  found = twin(description['arch'])
+  return getattr(importlib.import_module(f'unimiss_jax.porting.{found.file}'), found.network)(**description)
 
 
 def of_config(leaves: dict) -> dict:
@@ -47,8 +70,8 @@ def shapes(module) -> dict:
     return {path: leaf.shape for path, leaf in models.param_shapes(module).items()}
   except (TypeError, ValueError, ZeroDivisionError) as e:
     told = {n: getattr(module, n) for n in ('embed_dims', 'depths', 'sr_ratios', 'image_size', 'volume_size')}
-    raise PortingError(f'these fields make no MiT+ ({" ".join(str(e).split())[:200]}): {told}. FIX: give those that '
-                       'were inferred wrongly (arch=, or --arch)') from e
+    raise PortingError(f'these fields make no {type(module).__name__} ({" ".join(str(e).split())[:200]}): {told}. '
+                       'FIX: give those that were inferred wrongly (arch=, or --arch)') from e
 
 
 def select(shapes_of: dict, decoder: bool, dimensions) -> dict:
@@ -58,8 +81,57 @@ def select(shapes_of: dict, decoder: bool, dimensions) -> dict:
           if (decoder or path[0] == 'transformer') and not any(g in part for g in gone for part in path)}
 
 
+class Votes:
+  """What the shapes of tensors say about a field: the commonest answer counts."""
+
+  def __init__(self, tensors):
+    self.found = {name: tuple(array.shape) for name, array in tensors.items()}
+
+  def sizes(self, pattern, axis) -> list:
+    """Lengths of this axis of all tensors of such names."""
+    return [shape[axis] for name, shape in self.found.items()
+            if re.fullmatch(pattern, name) and -len(shape) <= axis < len(shape)]
+
+  def vote(self, *places, default=None) -> int:
+    """The commonest length of (pattern of names, axis)."""
+    ballots = collections.Counter(n for place in places for n in self.sizes(*place))
+    if not ballots and default is None:
+      raise PortingError(f'architecture not inferred: nothing is called {places[0][0]}. FIX: is this a MiT+ or a MiT? '
+                         'else pass arch=')
+    return ballots.most_common(1)[0][0] if ballots else default
+
+  def depth(self, prefix) -> int:
+    """Blocks; a stray name makes none."""
+    members = collections.Counter(m[1] for name in self.found if (m := re.match(prefix + r'\.(\d+)\.', name)))
+    return sum(n > 4 for n in members.values())
+
+  def ratio(self, prefix) -> int:
+    """Spatial reduction of the attention of these blocks."""
+    name = rf'{prefix}\.\d+\.attn\.sr.D\.weight'
+    return self.vote((name, -1), (name, 2), default=1)
+
+  def hidden(self) -> int:
+    """Hidden width of the MLP of the first stage."""
+    return self.vote((r'transformer\.block1\.\d+\.mlp\.fc1\.(weight|bias)', 0),
+                     (r'transformer\.block1\.\d+\.mlp\.fc2\.weight', 1))
+
+
+def unit(name) -> tuple:
+  """Places that show the width of a conv block."""
+  return (rf'{name}\.conv\.weight', 0), (rf'{name}\.norm\.(weight|bias)', 0)
+
+
+def block(name) -> tuple:
+  """A place that shows the width of the blocks of a stage."""
+  return rf'{name}\.\d+\.(norm\d|attn\.norm|mlp\.fc2)\.(weight|bias)', 0
+
+
+def most(values):
+  return collections.Counter(values).most_common(1)[0][0]
+
+
 def infer_arch(tensors) -> dict:
-  """The `MiTPlus` fields that a backbone's tensors show: all but the heads and what has no weights.
+  """The `MiTPlus` or `MiT` fields that a backbone's tensors show: all but the heads and what has no weights.
 
   Each is what most of the tensors that show it say, so that one that is missing or mis-shaped can be named. The depth
   of volumes and sizes that are not square show nowhere: 16 and squares are assumed.
@@ -70,39 +142,48 @@ def infer_arch(tensors) -> dict:
   Raises:
     PortingError: no tensor shows a field.
   """
-  found = {name: tuple(array.shape) for name, array in tensors.items()}
+  votes = Votes(tensors)
+  pilot = any(re.match(r'transformer\.patch_embed.D0\.', name) for name in votes.found)
+  return _mit(votes) if pilot else _mit_plus(votes)
 
-  def sizes(pattern, axis):
-    return [shape[axis] for name, shape in found.items()
-            if re.fullmatch(pattern, name) and -len(shape) <= axis < len(shape)]
 
-  def vote(*places, default=None):
-    """The commonest length of (pattern of names, axis)."""
-    ballots = collections.Counter(n for place in places for n in sizes(*place))
-    if not ballots and default is None:
-      raise PortingError(f'architecture not inferred: nothing is called {places[0][0]}. FIX: is this a MiT+? else pass '
-                         'arch=')
-    return ballots.most_common(1)[0][0] if ballots else default
+def _mit(votes: Votes) -> dict:
+  stages = range(1, 5)
+  embed_dims = tuple(votes.vote(*unit(rf'transformer\.patch_embed.D{i}\.proj'), (rf'transformer\.pos_embed.D{i}', 2),
+                                block(rf'transformer\.block{i}')) for i in stages)
+  arch = dict(
+      embed_dims=embed_dims,
+      decoder_dims=embed_dims[-2::-1],      # it adds maps of the encoder
+      depths=tuple(votes.depth(rf'transformer\.block{i}') for i in stages),
+      sr_ratios=tuple(votes.ratio(rf'transformer\.block{i}') for i in stages),
+      mlp_ratio=votes.hidden() / embed_dims[0],
+      in_channels=tuple(votes.vote((rf'transformer\.patch_embed{n}D0\.conv\.weight', 1), default=default)
+                        for n, default in zip((2, 3), MiT.in_channels)))
+  depth = MiT.volume_size[0]
+  widths = {n: [2**(i + 1) * round((max(rows - 1, 1) / (depth // 2**i if n == 3 else 1))**.5)
+                for i in stages for rows in votes.sizes(rf'transformer\.pos_embed{n}D{i}', 1)] for n in (2, 3)}
+  if widths[2]:
+    arch['image_size'] = most(widths[2])
+  if widths[3]:
+    arch['volume_size'] = (depth, most(widths[3]), most(widths[3]))
+  if votes.depth('Decblock0'):
+    arch |= dict(
+        decoder_depths=tuple(votes.depth(f'Decblock{i}') for i in range(3)),
+        decoder_sr_ratios=tuple(votes.ratio(f'Decblock{i}') for i in range(3)))
+  return arch
 
-  def depth(prefix):
-    """Blocks; a stray name makes none."""
-    members = collections.Counter(m[1] for name in found if (m := re.match(prefix + r'\.(\d+)\.', name)))
-    return sum(n > 4 for n in members.values())
 
-  unit = lambda name: ((rf'{name}\.conv\.weight', 0), (rf'{name}\.norm\.(weight|bias)', 0))
-  block = lambda name: (rf'{name}\.\d+\.(norm\d|attn\.norm|mlp\.fc2)\.(weight|bias)', 0)
-  stages, first = range(1, 5), int(any(re.match(r'transformer\.cls_tokens\d', name) for name in found))
+def _mit_plus(votes: Votes) -> dict:
+  stages, first = range(1, 5), int(any(re.match(r'transformer\.cls_tokens\d', name) for name in votes.found))
+  vote, sizes = votes.vote, votes.sizes
   embed_dims = [vote(*unit(r'transformer\.ConvBlock.D0\.0')), vote(*unit(r'transformer\.ConvBlock.D1\.\d'))]
   embed_dims += [vote(*unit(rf'transformer\.patch_embed.D{i}\.proj1?'), (rf'transformer\.pos_embed.D{i}', 2),
                       block(rf'transformer\.block{i}')) for i in stages]
-  hidden = vote((r'transformer\.block1\.\d+\.mlp\.fc1\.(weight|bias)', 0),
-                (r'transformer\.block1\.\d+\.mlp\.fc2\.weight', 1))
   arch = dict(
       embed_dims=tuple(embed_dims),
-      depths=tuple(depth(rf'transformer\.block{i}') for i in stages),
-      sr_ratios=tuple(vote((rf'transformer\.block{i}\.\d+\.attn\.sr.D\.weight', -1),
-                           (rf'transformer\.block{i}\.\d+\.attn\.sr.D\.weight', 2), default=1) for i in stages),
-      mlp_ratio=hidden / embed_dims[2],
+      depths=tuple(votes.depth(rf'transformer\.block{i}') for i in stages),
+      sr_ratios=tuple(votes.ratio(rf'transformer\.block{i}') for i in stages),
+      mlp_ratio=votes.hidden() / embed_dims[2],
       cls_token=bool(first),
       conv_residual=bool(sizes(r'transformer\.patch_embed.D1\.proj\.skip\.weight', 0)),
       final_norm=bool(sizes(r'transformer\.final_norm\..*', 0)),
@@ -117,20 +198,18 @@ def infer_arch(tensors) -> dict:
     widths_of += [4 * side * 2**(i - 1) for i, side in sides.items() if i < 4]
     if {3, 4} <= sides.keys():
       ratios.append(round(sides[3] / max(sides[4], 1)))
-  most = lambda values: collections.Counter(values).most_common(1)[0][0]
   if ratios:
     arch['last_stride'] = min(max(most(ratios), 1), 2)
   if widths[2]:
     arch['image_size'] = most(widths[2])
   if widths[3]:
     arch['volume_size'] = (2 * planes, most(widths[3]), most(widths[3]))
-  if depth('Decblock1'):
+  if votes.depth('Decblock1'):
     arch |= dict(
         decoder_dims=tuple(vote((rf'DecEmbed.D{i}\.proj\.bias', 0), (rf'DecEmbed.D{i}\.proj\.weight', 1),
                                 *unit(rf'DecEmbed.D{i}\.proj1'), block(f'Decblock{i}')) for i in (1, 2, 3))
         + (vote((r'TransposeConv.D1\.bias', 0), (r'TransposeConv.D1\.weight', 1), *unit(r'DeConvBlock.D1')),
            vote((r'TransposeConv.D2\.bias', 0), (r'TransposeConv.D2\.weight', 1), (r'recon_conv.D\.weight', 1))),
-        decoder_depths=tuple(depth(f'Decblock{i}') for i in (1, 2, 3)),
-        decoder_sr_ratios=tuple(vote((rf'Decblock{i}\.\d+\.attn\.sr.D\.weight', -1),
-                                     (rf'Decblock{i}\.\d+\.attn\.sr.D\.weight', 2), default=1) for i in (1, 2, 3)))
+        decoder_depths=tuple(votes.depth(f'Decblock{i}') for i in (1, 2, 3)),
+        decoder_sr_ratios=tuple(votes.ratio(f'Decblock{i}') for i in (1, 2, 3)))
   return arch

@@ -16,13 +16,15 @@ from unimiss_jax.porting import torch_names
 from unimiss_jax.porting.arch import infer_arch
 from unimiss_jax.porting.errors import PortingError
 
-# The parts of a MiT+ and how their names begin; a part's name is understood in `allow`.
+# The parts of a network and how their names begin; a part's name is understood in `allow`.
 PARTS = {'encoder': ('backbone.transformer.',),
-         'decoder': tuple(f'backbone.{name}' for name in ('Dec', 'DeConv', 'TransposeConv', 'recon_conv', 'norm.')),
+         'decoder': tuple(f'backbone.{name}' for name in
+                          ('Dec', 'DeConv', 'TransposeConv', 'recon_conv', 'norm.', 'cls_tokens')),
          'head': ('head.',)}
 BRANCHES = ('student', 'teacher')
 IN_CHANS = ('strict', 'sum', 'repeat')
 ENCODER = re.compile(r'(cls_tokens|pos_embed|ConvBlock|patch_embed|block|final_norm)')    # below 'transformer.'
+STEM_OR_END = re.compile(r'\.(ConvBlock|recon_conv|patch_embed.D0\.)')
 HEAD = re.compile(r'(mlp\.\d|last_layer)\.')
 SPELLED = (('parametrizations.weight.original0', 'weight_g'), ('parametrizations.weight.original1', 'weight_v'))
 
@@ -33,7 +35,8 @@ def from_torch(state_dict, arch=None, allow=(), branch='student', in_chans='stri
   Args:
     state_dict: name -> numpy array or tensor. A level 'student' / 'teacher', 'state_dict' or 'model' is entered;
       'module.' and absent 'backbone.', 'head.' and 'transformer.' are put right; both spellings of weight norm.
-    arch: dict of `MiTPlus` fields, 'mit_plus' (its defaults), or None = inferred from the tensors.
+    arch: dict of the fields of `MiTPlus` or `MiT`, 'mit_plus', 'mit_small' or 'mit_tiny' (their defaults), or None =
+      inferred from the tensors.
     allow: substrings of names that may be missing (then absent from the result) or surplus; ('3D',) takes a 2D-only
       file, ('2D',) a 3D-only one, ('decoder',) and ('head',) stand for all names of that part.
     branch: 'student' or 'teacher', where the file has both.
@@ -67,7 +70,7 @@ def load(parts, arch=None, allow=(), in_chans='strict') -> tuple[dict, dict | No
     if in_chans != 'strict':
       _adapt_channels(parts['backbone'], module.in_channels, in_chans)
     params['backbone'] = _convert('backbone', parts['backbone'], architectures.shapes(module), allow)
-    width = module.embed_dims[-1]
+    width = module.embedding_dim()
   if parts['head']:
     params['head'] = _convert('head', parts['head'], _head_shapes(parts['head'], width), allow)
   if not params:
@@ -129,9 +132,9 @@ def split(state_dict, branch='student') -> dict:
       state_dict = state_dict[level]
   if not isinstance(state_dict, Mapping):
     raise PortingError(f'holds a {type(state_dict).__name__} where names and tensors were expected')
-  parts = {'backbone': {}, 'head': {}}
+  parts, bare = {'backbone': {}, 'head': {}}, not any('transformer.' in str(name) for name in state_dict)
   for name, tensor in state_dict.items():
-    part, rest = _place(name)
+    part, rest = _place(name, bare)
     if not hasattr(tensor, 'shape'):
       raise PortingError(f'{name} is a {type(tensor).__name__}, not a tensor. FIX: give the part of the file that '
                          'holds weights')
@@ -141,15 +144,18 @@ def split(state_dict, branch='student') -> dict:
   return parts
 
 
-def _place(name: str) -> tuple[str, str]:
-  """'module.backbone.transformer.x' -> ('backbone', 'transformer.x'), whatever of it is left out."""
+def _place(name: str, bare: bool) -> tuple[str, str]:
+  """'module.backbone.transformer.x' -> ('backbone', 'transformer.x'), whatever of it is left out.
+
+  bare: 'transformer.' is left out of all names of the file.
+  """
   name = re.sub(r'^(module\.)+', '', str(name))
   for spelled, ours in SPELLED:
     name = name.replace(spelled, ours)
   if name.startswith('head.') or HEAD.match(name):
     return 'head', name.removeprefix('head.')
   name = name.removeprefix('backbone.')
-  return 'backbone', f'transformer.{name}' if ENCODER.match(name) else name
+  return 'backbone', f'transformer.{name}' if bare and ENCODER.match(name) else name
 
 
 def _array(name, tensor) -> np.ndarray:
@@ -175,17 +181,17 @@ def _adapt_channels(tensors, wanted, how):
     return np.take(array, np.arange(new) % array.shape[axis], axis)
 
   for rank, new in zip(('2D', '3D'), wanted):
-    stem = f'transformer.ConvBlock{rank}0.0.conv.weight'
-    for name in (stem, f'recon_conv{rank}.weight', f'recon_conv{rank}.bias'):
+    stems = f'transformer.ConvBlock{rank}0.0.conv.weight', f'transformer.patch_embed{rank}0.conv.weight'
+    for name in (*stems, f'recon_conv{rank}.weight', f'recon_conv{rank}.bias'):
       array = tensors.get(name)
-      axis = int(name == stem)
+      axis = int(name in stems)
       if array is None or array.shape[axis] == new:
         continue
       old, wide = array.shape[axis], array.astype(np.promote_types(array.dtype, np.float32))
       if how == 'repeat':
-        wide = turn(wide, axis, new) * (old / new if name == stem else 1)
+        wide = turn(wide, axis, new) * (old / new if axis else 1)
       else:
-        wide = wide.sum(axis, keepdims=True) / (new if name == stem else old)
+        wide = wide.sum(axis, keepdims=True) / (new if axis else old)
         wide = np.repeat(wide, new, axis)
       tensors[name] = wide.astype(array.dtype)
 
@@ -219,7 +225,7 @@ def check(params, arch, dimensions) -> None:
   if 'head' in params:
     tree = split(to_torch(params['head']))['head']
     found = {path: leaf.shape for path, leaf in flatten_dict(params['head']).items()}
-    _check('head', found, _head_shapes(tree, architectures.model(arch).embed_dims[-1]), ())
+    _check('head', found, _head_shapes(tree, architectures.model(arch).embedding_dim()), ())
 
 
 def _convert(part, tensors, shapes, allow):
@@ -255,6 +261,6 @@ def _remedy(faults, found) -> str:
         return says.format(f'a {rank}-only file', *(other,) * 3)
     if found and all(path[0] == 'transformer' for path in found) and not any('transformer' in n for n in missing):
       return says.format('an encoder alone', *('decoder',) * 3)
-  if faults['mis-shaped'] and all('.ConvBlock' in t or '.recon_conv' in t for t in faults['mis-shaped']):
+  if faults['mis-shaped'] and all(STEM_OR_END.search(t) for t in faults['mis-shaped']):
     return ". FIX: other input channels: in_chans='sum' or 'repeat' adapts them (--in_chans of cli.export)"
   return ''

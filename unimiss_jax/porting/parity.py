@@ -11,7 +11,7 @@ from unimiss_jax.porting import torch_names
 
 SIZES = ((96, 96), (128, 160), (16, 96, 96), (32, 64, 96))
 TOLERANCE = 1e-4      # of the largest value of a stage, float32
-STAGES = ('c0', 'c1', 's1', 's2', 's3', 's4')
+STAGES = {6: ('c0', 'c1', 's1', 's2', 's3', 's4'), 5: ('c0', 's1', 's2', 's3', 's4')}      # of MiT+, of MiT
 
 
 def compare(tensors: dict, model: dict) -> dict:
@@ -19,7 +19,7 @@ def compare(tensors: dict, model: dict) -> dict:
 
   Args:
     tensors: name -> array, as exported; computed in float32, whatever their dtype.
-    model: keyword arguments of `torch_mit.UniMiSSPlus`.
+    model: keyword arguments of the PyTorch network, `arch.torch_network`.
 
   Returns:
     {'passed', 'tolerance', 'worst': {input: stage}, 'inputs': {'96x96': {stage: {'max_abs', 'max_rel'}}}, ...}; max_rel
@@ -29,10 +29,8 @@ def compare(tensors: dict, model: dict) -> dict:
     RuntimeError: PyTorch's own words, if the tensors are not exactly those of the module.
   """
   import torch
-
-  from unimiss_jax.porting import torch_mit
   wide = {name: np.asarray(array, np.float32) for name, array in tensors.items()}
-  net = torch_mit.UniMiSSPlus(**model).eval()
+  net = architectures.torch_network(model).eval()
   net.load_state_dict({name: torch.tensor(array) for name, array in wide.items()}, strict=True)
   ours, inputs = forward(model), {}
   for size in SIZES:
@@ -56,9 +54,7 @@ def joined(proof: dict, more: dict) -> dict:
 def of_artefact(call, tensors: dict, model: dict, n: int) -> dict:
   """{stage: difference} of an exported StableHLO function against PyTorch, two samples of native size, n dimensions."""
   import torch
-
-  from unimiss_jax.porting import torch_mit
-  net = torch_mit.UniMiSSPlus(**model).eval()
+  net = architectures.torch_network(model).eval()
   net.load_state_dict({name: torch.tensor(np.asarray(array, np.float32)) for name, array in tensors.items()})
   arch = net.backbone.arch
   x = images(arch.native_size(n), arch.in_channels[n - 2])
@@ -78,7 +74,7 @@ def forward(model: dict):
   """The function ({PyTorch name: array}, x channels first) -> {stage: array channels first}, of jax alone.
 
   Args:
-    model: keyword arguments of `torch_mit.UniMiSSPlus`.
+    model: keyword arguments of the PyTorch network.
   """
   module = architectures.model(model['arch'])
   head = model['head'] and DINOHead(**{k: v for k, v in model['head'].items() if k != 'in_dim'})
@@ -99,7 +95,8 @@ def images(size, channels: int) -> np.ndarray:
 
 
 def _stages(embedding, pyramid, reconstruction, logits) -> dict:
-  found = {'embedding': embedding, **dict(zip(STAGES, pyramid)), 'reconstruction': reconstruction, 'logits': logits}
+  found = {'embedding': embedding, **dict(zip(STAGES[len(pyramid)], pyramid)), 'reconstruction': reconstruction,
+           'logits': logits}
   return {name: value for name, value in found.items() if value is not None}
 
 

@@ -9,6 +9,7 @@ import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from unimiss_jax.models import layers
+from unimiss_jax.models.mit import MiT
 from unimiss_jax.models.vit import ViT
 from unimiss_jax.porting import arch as architectures
 from unimiss_jax.porting.errors import PortingError
@@ -22,11 +23,12 @@ def tables(module) -> dict:
   if isinstance(module, ViT):
     plane, volume = (module.grid(module.native_size(n)) for n in (2, 3))
     return {('transformer', 'plane_table'): (plane, False), ('transformer', 'depth_table3D'): (volume[:1], False)}
-  out = {}
+  pilot, out = isinstance(module, MiT), {}
+  first = int(not pilot)                                     # number of the decoder's first stage, on the grid of s3
   for n in (2, 3):
     grids = module.grids(module.native_size(n))
-    out |= {('transformer', f'pos_embed{n}D{i}'): (grids[i], module.cls_token) for i in range(1, 5)}
-    out |= {(f'DecPosEmbed{n}D{i}',): (grids[4 - i], False) for i in (1, 2, 3)}
+    out |= {('transformer', f'pos_embed{n}D{i}'): (grids[i], pilot or module.cls_token) for i in range(1, 5)}
+    out |= {(f'DecPosEmbed{n}D{first + i}',): (grids[3 - i], pilot) for i in range(3)}
   return out
 
 

@@ -20,7 +20,7 @@ def export(folder, tensors: dict, model: dict, proof: dict) -> dict:
   Args:
     folder: a local folder.
     tensors: name -> array, as exported.
-    model: keyword arguments of `torch_mit.UniMiSSPlus`.
+    model: keyword arguments of the PyTorch network.
     proof: what `parity.compare` gave.
 
   Returns:

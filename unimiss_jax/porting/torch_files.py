@@ -71,7 +71,7 @@ def write(path, tensors: dict, model: dict | None = None) -> None:
 
 
 def recorded(path) -> dict:
-  """The keyword arguments of `torch_mit.UniMiSSPlus` that a safetensors file of ours carries; {} for other files."""
+  """The keyword arguments of the PyTorch network that a safetensors file of ours carries; {} for other files."""
   with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
     with epath.Path(path).open('rb') as f:
       length = int.from_bytes(f.read(8), 'little')

@@ -4,6 +4,7 @@ from __future__ import annotations
 import json
 
 import unimiss_jax
+from unimiss_jax.porting import arch as architectures
 
 RESEARCH = 'Research use only. Not a medical device; not for diagnosis, triage or treatment.'
 PHANTOMS = 'built-in phantoms'
@@ -14,8 +15,9 @@ NO_TASK = {'clip': (0., 0.), 'normalise': (0., 0.), 'spacing_mm': (0., 0., 0.)} 
 PLAIN = {'volume': {'size': (16, 96, 96), 'extent': 'output', 'resize': 'linear', 'pad_hu': -1024, 'record': 'tile',
                     'modality': 'ct', 'sequences': '', **NO_TASK},
          'image': {'size': 96, 'ratio': (3 / 4, 4 / 3), 'resize': 'bicubic', 'clip': (0., 0.), 'normalise': (0., 0.)}}
-LOSSES_2D = 'drr', 'recon_drr', 'pair_nce', 'slice'      # of the CT phase, that look at images
-LOSSES = ('ct', 'drr', 'slice', 'xray', 'recon_ct', 'recon_drr', 'recon_xray', 'nce', 'pair_nce')
+LOSSES_2D = 'drr', 'recon_drr', 'pair_nce', 'slice', 'slice_slice', 'ct_slice'      # of CT, that look at images
+LOSSES = ('ct', 'drr', 'slice', 'slice_slice', 'ct_slice', 'xray', 'recon_ct', 'recon_drr', 'recon_xray', 'nce',
+          'pair_nce')
 TAGS = ('medical-imaging', 'chest-x-ray', 'self-supervised-learning', 'pytorch', 'jax',
         'safetensors')
 TAG = {'ct': ('computed-tomography',), 'mr': ('magnetic-resonance-imaging',)}
@@ -24,12 +26,13 @@ Z_SCORE = ('of each sequence of a scan: clipped to the 0.5 and 99.5 percentiles 
 INTENSITY = {'ct': 'HU, clipped to [-1024, 3071], divided by 1024', 'mr': Z_SCORE.format('the voxels that are not 0'),
              'other': Z_SCORE.format('all voxels')}
 DIMENSIONS = {2: '2D images', 3: '3D volumes'}
-USE = '''import json, safetensors.torch, torch_mit
-net = torch_mit.UniMiSSPlus(**json.load(open('config.json'))['torch']).eval()
+USE = '''import json, safetensors.torch, {file}
+net = {file}.{network}(**json.load(open('config.json'))['torch']).eval()
 net.load_state_dict(safetensors.torch.load_file('model.safetensors'))
 output, logits = net(x)      # x [B, 3, H, W] or [B, 1, D, H, W] -> output.embedding, .pyramid, .reconstruction'''
 FILES = {'model.safetensors': 'the weights', 'config.json': 'architecture, preprocessing contract, training',
          'parity.json': 'JAX against PyTorch, stage by stage', 'torch_mit.py': 'the network in PyTorch, one file',
+         'torch_mit_pilot.py': 'the network in PyTorch, one file',
          'README.md': 'this card', 'model.pth': 'the weights as a PyTorch state_dict',
          'stablehlo': "the forward pass for `jax.export.deserialize(...).call(weights, x)`, native size, any batch; "
                       'needs jax and flatbuffers'}
@@ -148,6 +151,8 @@ def card(name: str, config: dict, parity: dict, files: list, license_id: str, da
   arch, net = config['torch']['arch'], config['torch']
   parts = ', '.join(p for p, there in (('encoder', True), ('decoder', net['decoder']), ('head', net['head'])) if there)
   use = USE.replace('[B, 1,', f'[B, {arch["in_channels"][1]},')
+  twin = architectures.twin(arch)
+  use = use.replace('{file}', twin.file).replace('{network}', twin.network)
   lines = [
       '---', f'license: {json.dumps(license_id)}', 'library_name: unimiss_jax',
       'pipeline_tag: image-feature-extraction',
@@ -155,7 +160,8 @@ def card(name: str, config: dict, parity: dict, files: list, license_id: str, da
       f'# {name}', '', f'**{RESEARCH}**', '',
       f'{config["architecture"]} ({config["parameters"] / 1e6:.2f} M parameters: {parts}), '
       f'{_whose(config["branch"])}for {" and ".join(DIMENSIONS[n] for n in net["dimensions"])}. '
-      f'Weights are {config["dtype"]}, in PyTorch layout, under the names of the released UniMiSS+ code.', '',
+      f'Weights are {config["dtype"]}, in PyTorch layout, under the names of the released '
+      f'{twin.network.replace("Plus", "+")} code.', '',
       '## Use', '', 'In this folder, with PyTorch and safetensors installed:', '', '```python', use, '```', '',
       'Sizes other than the native ones work: position tables are interpolated on their grid.', '',
       '## Preprocessing contract', '']
