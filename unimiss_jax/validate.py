@@ -210,7 +210,7 @@ def _place(config) -> None:
 def _pyramid(m) -> None:
   """Lengths and divisibility of a MiT or MiT+."""
   stages, decoder = len(m.depths), len(m.decoder_depths)
-  stem = 2 if m.name == 'mit_plus' else 0         # levels finer than s1
+  stem = 0 if m.name in ('mit_small', 'mit_tiny') else 2         # levels finer than s1
   and_two = ', and two for the finer levels' * bool(stem)
   for name, n, like in (('embed_dims', stages + stem, 'depths' + and_two), ('num_heads', stages, 'depths'),
                         ('sr_ratios', stages, 'depths'), ('decoder_heads', decoder, 'decoder_depths'),
