@@ -37,6 +37,7 @@ GRIDS = {
         'no_drr': {'loss.drr': 0., 'loss.recon_drr': 0., 'loss.pair_nce': 0.},
         'no_slices': {'loss.slice': 0.},
         'no_reconstruction': {'loss.recon_ct': 0., 'loss.recon_drr': 0., 'loss.recon_xray': 0.},
+        'unimiss': {'method': 'unimiss'} | only(ct=1., slice=1., slice_slice=1., ct_slice=1., xray=1., nce=1.),
         'only_2d': {'phases.ct': 0},
         'only_3d': NO_2D,
     }, 'unimiss_plus', common=ALL_TERMS),
