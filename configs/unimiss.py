@@ -75,9 +75,9 @@ def phantom(c: ConfigDict) -> None:
     c.model = ConfigDict(model | dict(
         embed_dims=(16, 32, 64, 128), depths=(1, 1, 1, 1), decoder_dims=(64, 32, 16), decoder_depths=(1, 1, 1),
         image_size=64, volume_size=(16, 64, 64)))
-  c.head.batch_standardize = False
+  c.head.update(dict(out_dim=128, batch_standardize=False))      # thousands are too many for 8 and 16 samples a step
   c.ema.momentum = 0.98
-  c.optim.update(dict(clip=0.3, clip_mode='per_tensor'))
+  c.optim.update(dict(lr=5e-4, clip=0.3, clip_mode='per_tensor'))
   c.checkpoint.every, c.eval.every = 100, 200
 
 
