@@ -91,10 +91,11 @@ def test_a_constant_crop():
   assert np.isnan(theirs)
   np.testing.assert_allclose(ours, zero_target, rtol=1e-5)
 
-  run = types.SimpleNamespace(config=unimiss_plus.get_config('reference'),
+  run = types.SimpleNamespace(config=unimiss_plus.get_config('reference'), main=False,
+                              state=types.SimpleNamespace(params=params),
                               checkpoints=types.SimpleNamespace(steps=lambda: []))
   with pytest.raises(train.TrainError, match='step 7 ct: 1 steps in a row were not finite'):
-    train.Run.skipped(run, 7, 'ct', {'train/skipped_in_a_row': 1})
+    train.Run.skipped(run, 7, 'ct', {'train/skipped_in_a_row': 1, 'train/bad_tensor': -1}, {})
 
 
 def test_modes_of_3d_tensors():
