@@ -4,7 +4,6 @@ The box and the output of a view grow by the margin that the deformed grid reach
 there and not a border; then the grid is sampled linearly. numpy only: these are the augmentations of fine-tuning.
 """
 import numpy as np
-from scipy import ndimage
 
 
 def grid(matrix, size, field=0.) -> np.ndarray:
@@ -35,6 +34,7 @@ def rotation(degrees) -> np.ndarray:
 
 def elastic(rng, size, alpha: float, sigma: float) -> np.ndarray:
   """`[n, *size]` pixels: uniform noise of [-1, 1] behind a Gaussian of sigma pixels, times alpha (Simard 2003)."""
+  from scipy import ndimage  # late: pre-training does not need it
   noise = rng.uniform(-1, 1, (len(size), *size)).astype(np.float32)
   return alpha * np.stack([ndimage.gaussian_filter(x, sigma, mode='constant') for x in noise])
 
@@ -44,6 +44,7 @@ def view(cut, params, size):
   start, extent = params['box_start'], params['box_size']
   if 'grid' not in params:
     return cut(start, extent, size)
+  from scipy import ndimage  # late: pre-training does not need it
   half = (np.array(size) - 1) / 2
   far = np.abs(params['grid']).reshape(len(half), -1).max(1)
   margin = np.ceil(np.maximum(far - half - 1e-4, 0)).astype(int)      # float32 does not end a grid exactly
