@@ -100,6 +100,7 @@ def run(folder, caplog, **leaves):
   return verdict(caplog)
 
 
+@pytest.mark.slow
 def test_a_student_that_does_not_learn(tmp_path, caplog):
   assert 'HEALTH step 8: frozen student' in run(tmp_path, caplog, **{'optim.lr': 0., 'optim.min_lr': 0.})
 

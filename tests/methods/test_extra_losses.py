@@ -40,6 +40,7 @@ def test_koleo_and_simdino_of_the_embeddings_of_the_step():
   assert 'collapse/teacher_entropy' not in aux.metrics
 
 
+@pytest.mark.slow
 def test_hidden_blocks_do_not_reach_the_network_and_alone_are_judged():
   method, params, extra = made(**{'loss.recon_xray': 1., 'extra_loss.mask_ratio': (.5, .5),
                                   'extra_loss.mask_block': (4, 16, 16)})

@@ -97,6 +97,7 @@ def vl_by_hand(built, params, batch, planes):
   return contrastive.info_nce(image, jnp.concatenate(said) @ params['text_proj']['kernel'], params['log_scale'])
 
 
+@pytest.mark.slow
 def test_the_step_takes_the_slices_that_the_teacher_looks_at(plain):
   state, batch = plain.start(), rows()
   volume = batch['ct']['ct'][:, 0]
