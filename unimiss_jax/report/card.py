@@ -137,6 +137,11 @@ def _evaluation(metrics, step) -> dict:
           for k, v in last.items() if k.startswith('eval/') and k.count('/') == 1 and not k.startswith('eval/raw_')}
 
 
+def lines_of(file: str, network: str) -> str:
+  """What a PyTorch user writes, with this file and class."""
+  return USE.replace('{file}', file).replace('{network}', network)
+
+
 def card(name: str, config: dict, parity: dict, files: list, license_id: str, data_license: str) -> str:
   """The README.md of an exported folder, with the front matter of model hubs.
 
@@ -150,9 +155,8 @@ def card(name: str, config: dict, parity: dict, files: list, license_id: str, da
   known, how = config.get('preprocessing', {}), config.get('training', {})
   arch, net = config['torch']['arch'], config['torch']
   parts = ', '.join(p for p, there in (('encoder', True), ('decoder', net['decoder']), ('head', net['head'])) if there)
-  use = USE.replace('[B, 1,', f'[B, {arch["in_channels"][1]},')
   twin = architectures.twin(arch)
-  use = use.replace('{file}', twin.file).replace('{network}', twin.network)
+  use = lines_of(twin.file, twin.network).replace('[B, 1,', f'[B, {arch["in_channels"][1]},')
   lines = [
       '---', f'license: {json.dumps(license_id)}', 'library_name: unimiss_jax',
       'pipeline_tag: image-feature-extraction',
