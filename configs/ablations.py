@@ -90,6 +90,7 @@ GRIDS = {
     'terms': grid({      # of preset phantom, one at a time
         'koleo': {'extra_loss.koleo': .1}, 'tokens_do_not_decay': {'optim.decay_exclude': 'tokens'},
         'self_distillation': {'loss.ct': 1., 'loss.drr': .5, 'loss.xray': 1., 'head.out_dim': 128},
+        'sinkhorn': {'loss.ct': 1., 'loss.drr': .5, 'loss.xray': 1., 'head.out_dim': 128, 'extra_loss.sinkhorn': 3},
         'simdino': {'loss.ct': 1., 'loss.drr': .5, 'loss.xray': 1., 'extra_loss.coding_rate': .5},
         'reconstruction': {'loss.recon_ct': 5., 'loss.recon_drr': 5., 'loss.recon_xray': 5.},
         'masked_reconstruction': {'loss.recon_ct': 5., 'loss.recon_drr': 5., 'loss.recon_xray': 5.,

@@ -58,6 +58,8 @@ def plain() -> ConfigDict:
   c.extra_loss = ConfigDict(dict(     # none of them in the released code
       koleo=0.,                   # spreads the embeddings of a batch; 0.1 in DINOv2
       coding_rate=0.,             # > 0: distillation compares embeddings, as SimDINO with this weight; no prototypes
+      sinkhorn=0,                 # > 0: rounds that give all prototypes an even share of each teacher's rows, in place
+                                  # of the moving centre; 3 in DINOv2
       mask_ratio=(0., 0.),        # share of the blocks that are hidden from the student, U(lowest, highest) a view;
       mask_block=(4, 32, 32),     # slices, pixels; reconstruction is judged by hidden blocks alone then
   ))

@@ -105,6 +105,7 @@ def test_a_student_that_does_not_learn(tmp_path, caplog):
   assert 'HEALTH step 8: frozen student' in run(tmp_path, caplog, **{'optim.lr': 0., 'optim.min_lr': 0.})
 
 
+@pytest.mark.slow
 def test_a_broken_record_is_named_and_its_batch_kept(tmp_path, caplog, monkeypatch):
   """One voxel of one X-ray is no number."""
   give = sharding.to_devices

@@ -182,6 +182,7 @@ def test_print_config_prints_and_ends():
   assert done.returncode == 0 and 'seed: 7' in done.stdout
 
 
+@pytest.mark.slow
 def test_a_loss_that_is_never_finite_ends_the_run(tmp_path):
   from data_pipelines import streams
   original = streams.Stream.next

@@ -3,11 +3,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import scipy.special
 
 from tests.e2e import tiny
 from tests.methods.test_unimiss_plus import rows
 from unimiss_jax.losses import masking, spread
 from unimiss_jax.methods import base
+from unimiss_jax.models.heads import DINOHead
 
 OFF = {f'loss.{n}': 0.
        for n in ('ct', 'drr', 'slice', 'xray', 'recon_ct', 'recon_drr', 'recon_xray', 'nce', 'pair_nce')}
@@ -38,6 +40,28 @@ def test_koleo_and_simdino_of_the_embeddings_of_the_step():
   np.testing.assert_allclose(aux.metrics['train/dino_loss'], distance, rtol=1e-4)
   np.testing.assert_allclose(value, .1 * koleo + distance, rtol=1e-4)
   assert 'collapse/teacher_entropy' not in aux.metrics
+
+
+@pytest.mark.slow
+def test_sinkhorn_rounds_in_place_of_the_centre():
+  method, params, extra = made(**{'loss.xray': 1., 'extra_loss.sinkhorn': 3})
+  assert method.phases['xray'].couples_samples
+  batch = rows(6)
+  aux = jax.jit(lambda p, e, b: loss(method, p, e, b)[1])(params, extra, batch)
+  h = tiny.config().head
+  e = jax.jit(method.predict['embed'])(params, extra, {'xray': batch['xray']['xray']})['xray']
+  head = DINOHead(out_dim=h.out_dim, hidden_dim=h.hidden_dim, bottleneck_dim=h.bottleneck_dim)
+  logits = np.asarray(head.apply({'params': params['head']}, e), np.float64)       # [B, 2, K], the teacher's too
+  codes = np.exp(logits.reshape(-1, h.out_dim) / tiny.config().loss.teacher_temp)
+  for _ in range(3):
+    codes /= codes.sum(0)
+    codes /= codes.sum(1, keepdims=True)
+  codes = codes.reshape(logits.shape)
+  log_p = scipy.special.log_softmax(logits[:, ::-1] / .1, -1)
+  np.testing.assert_allclose(aux.metrics['train/dino_loss'], -(codes * log_p).sum(-1).mean(), rtol=1e-4)
+  entropy = scipy.special.entr(codes).sum(-1).mean()
+  np.testing.assert_allclose(aux.metrics['collapse/teacher_entropy'], entropy, rtol=1e-3)
+  assert not np.asarray(aux.mean['center']).any()
 
 
 @pytest.mark.slow

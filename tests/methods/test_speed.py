@@ -37,9 +37,9 @@ def gradients(overrides, dtype, terms=TERMS):
     return jax.device_get(({k: v for k, v in aux.metrics.items() if k.startswith('train/')}, named_leaves(grads)))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('dtype, tolerance, terms', [
-    ('float64', 1e-9, PICTURES), pytest.param('float64', 1e-9, TERMS, marks=pytest.mark.slow),
-    pytest.param('float32', 1e-5, TERMS, marks=pytest.mark.slow)])
+    ('float64', 1e-9, PICTURES), ('float64', 1e-9, TERMS), ('float32', 1e-5, TERMS)])
 def test_shared_passes_and_the_folded_reconstruction_equal_the_plain_step(dtype, tolerance, terms):
   (want, plain), (got, grads) = gradients(PLAIN, dtype, terms), gradients({}, dtype, terms)
   assert want.keys() == got.keys() and plain.keys() == grads.keys()

@@ -34,12 +34,17 @@ def sinkhorn(scores, eps: float, iters: int, queue=None, axis_name=None):
   Raises:
     ValueError: no round.
   """
+  return jnp.exp(log_sinkhorn(scores, eps, iters, queue, axis_name))
+
+
+def log_sinkhorn(scores, eps: float, iters: int, queue=None, axis_name=None):
+  """The logarithm of `sinkhorn`, finite where a code is smaller than any number of its type."""
   if iters < 1:
     raise ValueError(f'sinkhorn with iters={iters}: at least one round is needed')
   rows = scores if queue is None else jnp.concatenate([queue, scores])
   log_q = _wide(rows) / eps
   round_ = lambda _, x: jax.nn.log_softmax(x - _logsumexp_of_rows(x, axis_name))
-  return jnp.exp(jax.lax.fori_loop(0, iters, round_, log_q)[len(rows) - len(scores):])
+  return jax.lax.fori_loop(0, iters, round_, log_q)[len(rows) - len(scores):]
 
 
 def _logsumexp_of_rows(x, axis_name):

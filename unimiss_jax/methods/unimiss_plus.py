@@ -5,7 +5,8 @@ CT phase      self-distillation CT->CT, DRR->CT, slices->CT (optionally slices->
 X-ray phase   self-distillation and reconstruction of real radiographs
 (after the released code of UniMiSS+, Xie et al. 2024; loss weights in configs/unimiss_plus.py).
 Optional terms of our own: InfoNCE between two views of an instance and between a CT and its DRR; KoLeo; input of which
-blocks are hidden, and reconstruction of these; SimDINO's coding rate in place of prototypes.
+blocks are hidden, and reconstruction of these; SimDINO's coding rate in place of prototypes; Sinkhorn rounds over the
+rows of one teacher's modality in place of the moving centre (as in DINOv2).
 A term of weight 0 is not built; without self-distillation there is no teacher and no centre.
 """
 import importlib
@@ -16,7 +17,7 @@ import jax
 import jax.numpy as jnp
 
 from unimiss_jax import models
-from unimiss_jax.losses import collapse, contrastive, distillation, masking, reconstruction, spread
+from unimiss_jax.losses import clustering, collapse, contrastive, distillation, masking, reconstruction, spread
 from unimiss_jax.methods import alternation
 from unimiss_jax.methods.base import Aux, Method, Phase, view_keys, weighted
 from unimiss_jax.models.heads import DINOHead
@@ -89,7 +90,7 @@ def make(config, data, times=alternation.paired) -> Method:
       return spread.simdino(student.swapaxes(0, 1), teacher.swapaxes(0, 1), more.coding_rate), center
     return distillation.dino_loss(
         student.swapaxes(0, 1), teacher.swapaxes(0, 1), center, student_temp=loss.student_temp,
-        teacher_temp=teacher_temp(step), center_momentum=loss.center_momentum)
+        teacher_temp=sharpness(step), center_momentum=1. if more.sinkhorn else loss.center_momentum)
 
   def views_loss(z, group):          # z [2, B, D], group [B]: tiles of one scan are not each other's negatives
     if loss.shuffle_pairs:           # the control: view 1 of another instance; the own one is no candidate at all
@@ -97,19 +98,25 @@ def make(config, data, times=alternation.paired) -> Method:
     return contrastive.nt_xent(z, loss.nce_temp, group)
 
   def teach(extra, x, step):
-    """Teacher logits of two views [B, 2, ...] (their slices: [B, 2 * S, ...], averaged), or embeddings where no
-    prototypes compare them; as little of the network as gives an embedding."""
+    """Teacher logits of two views [B, 2, ...] (their slices: [B, 2 * S, ...], averaged), log codes after Sinkhorn
+    rounds, or embeddings where no prototypes compare them; as little of the network as gives an embedding."""
     embedding = backbone(extra['teacher'], x.reshape(-1, *x.shape[2:])).embedding
     embedding = embedding.reshape(len(x), 2, *((-1,) if x.shape[1] > 2 else ()), embed_dim)
     if not prototypes:
       return jax.lax.stop_gradient(embedding if embedding.ndim == 3 else spread.unit(embedding).mean(2))
-    return jax.lax.stop_gradient(students(extra['teacher'], {'t': embedding}, teacher_temp(step))['t'])
+    t = jax.lax.stop_gradient(students(extra['teacher'], {'t': embedding}, teacher_temp(step))['t'])
+    if more.sinkhorn:
+      t = clustering.log_sinkhorn(t.reshape(-1, h.out_dim), teacher_temp(step), more.sinkhorn).reshape(t.shape)
+    return t
+
+  def sharpness(step):       # log codes are sharpened already
+    return 1. if more.sinkhorn else teacher_temp(step)
 
   def of_teacher(t, center, step):
     if not prototypes:       # embeddings, which no temperature and no centre touch
       return {'train/momentum': momentum(step)}
     return {'train/momentum': momentum(step), 'train/teacher_temp': teacher_temp(step)} | collapse.teacher(
-        t, center, teacher_temp(step))
+        t, center, sharpness(step))
 
   def hidden(x, rng):
     """[B, V, *S, C] -> what the student is shown of it, and where it is hidden [B, V, *S] or None."""
@@ -291,7 +298,8 @@ def make(config, data, times=alternation.paired) -> Method:
            'xray': Phase({'xray': batch.xray}, xray_loss, update('xray'), chance(config, batch.xray, 'xray')),
            'joint': Phase({'ct': batch.ct, 'xray': batch.xray}, joint_loss, update('joint'),
                           chance(config, batch.ct, 'ct') | of_xray(chance(config, batch.xray, 'xray')))}
-  couples = bool(loss.nce or loss.pair_nce or loss.center_updates != 'once' or more.koleo or more.coding_rate)
+  couples = bool(loss.nce or loss.pair_nce or loss.center_updates != 'once' or more.koleo or more.coding_rate or
+                 more.sinkhorn)
   return Method(
       init=init, groups=groups, schedule=times.at, post=post,
       phases={n: build[n]._replace(couples_samples=couples) for n in times.names},
