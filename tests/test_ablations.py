@@ -39,7 +39,7 @@ def built(grid, row):
 
 
 def state_of(c, method):
-  tx = optim.adamw(method.groups, clip=c.optim.clip, clip_mode=c.optim.clip_mode)
+  tx = optim.of(c, method)
   return tx, jax.eval_shape(step.make_init(c, method, tx), jax.random.key(0), {})
 
 

@@ -140,12 +140,13 @@ def test_equals_torch_adamw():
   np.testing.assert_allclose(run([TRAIN] * 4, 4)[-1][0]['a']['kernel'], start.detach().numpy(), rtol=1e-10)
 
 
-@pytest.mark.parametrize('exclude, decaying', [('1d', {'kernel', 'pos_embed2D', 'cls_tokens'}), ('tokens', {'kernel'}),
-                                               ('', {'kernel', 'pos_embed2D', 'cls_tokens', 'bias', 'scale'})])
+@pytest.mark.parametrize('exclude, decaying', [
+    ('1d', {'kernel', 'cls_tokens2/kernel', 'pos_embed2D', 'cls_tokens'}), ('tokens', {'kernel', 'cls_tokens2/kernel'}),
+    ('', {'kernel', 'cls_tokens2/kernel', 'pos_embed2D', 'cls_tokens', 'bias', 'scale'})])
 def test_what_decays(exclude, decaying):
   """With zero gradients decay alone moves a tensor: by lr * wd of its value."""
   params = {n: jnp.full(s, 2.) for n, s in {'kernel': (2, 3), 'pos_embed2D': (1, 4, 2), 'cls_tokens': (1, 2),
-                                            'bias': (3, 2), 'scale': (3,)}.items()}
+                                            'cls_tokens2/kernel': (2, 2), 'bias': (3, 2), 'scale': (3,)}.items()}
   tx = optim.adamw(lambda name: 'rest', decay_exclude=exclude)
   after, _, _ = tx.update(jax.tree.map(jnp.zeros_like, params), tx.init(params), params, {'rest': optim.TRAIN}, .1, .5)
   for name, x in after.items():

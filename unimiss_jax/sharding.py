@@ -8,6 +8,7 @@ import math
 import re
 
 import jax
+import numpy as np
 from jax.experimental import mesh_utils
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -48,7 +49,7 @@ def over_slices(data: int, fsdp: int, slices: int, devices):
   if data % slices:
     logging.warning('WARN mesh of %d x %d over %d slices: tensors are gathered over the network between slices. '
                     'FIX: make mesh.data a multiple of %d', data, fsdp, slices, slices)
-    return mesh_utils.create_device_mesh((data, fsdp), devices)
+    return np.array(sorted(devices, key=lambda d: (d.slice_index, d.id)), dtype=object).reshape(data, fsdp)
   return mesh_utils.create_hybrid_device_mesh((data // slices, fsdp), (slices, 1), devices)
 
 

@@ -78,7 +78,8 @@ def make_step(config, method, optimiser, phase_name, mesh, finish=None):
 
 def flat_views(batch):
   """Share of the views [B, V, ...] of a batch that show nothing: the same number everywhere, to a thousandth."""
-  views = [x for rows in batch.values() for x in rows.values() if x.ndim >= 5]
+  views = [x for rows in batch.values() for x in rows.values()
+           if x.ndim >= 5 and jnp.issubdtype(x.dtype, jnp.floating)]       # no masks
   flat = [jnp.std(x.astype(jnp.float32), tuple(range(2, x.ndim))) < 1e-3 for x in views]
   return sum(f.sum() for f in flat) / max(sum(f.size for f in flat), 1)
 

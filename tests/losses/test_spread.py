@@ -54,12 +54,14 @@ def test_masks_hide_whole_blocks_at_the_ratio():
 
 
 def test_the_loss_sees_hidden_voxels_alone():
-  x, raw = jnp.asarray(RNG.random((2, 4, 6, 1))), jnp.asarray(RNG.normal(size=(2, 4, 6, 1)))
-  mask = RNG.random((2, 4, 6)) < .3
-  want = ((1 / (1 + np.exp(-np.asarray(raw))) - np.asarray(x))**2)[mask].mean()
+  x, raw = jnp.asarray(RNG.random((2, 3, 4, 6, 1))), jnp.asarray(RNG.normal(size=(2, 3, 4, 6, 1)))
+  mask = RNG.random((2, 3, 4, 6)) < .3
+  wrong = (1 / (1 + np.exp(-np.asarray(raw))) - np.asarray(x))[..., 0]**2
+  want = np.mean([wrong[i, j][mask[i, j]].mean() for i in range(2) for j in range(3)])      # each view weighs the same
   np.testing.assert_allclose(masking.sigmoid_mse(raw, x, mask), want, rtol=1e-5)
   grad = np.asarray(jax.grad(lambda r: masking.sigmoid_mse(r, x, mask))(raw))[..., 0]
   assert grad[mask].all() and not grad[~mask].any()
+  x, mask = x[0], mask[0]
   hidden = np.asarray(masking.hide(x[0], mask[0]))[..., 0]
   np.testing.assert_array_equal(hidden[~mask[0]], np.asarray(x[0, ..., 0])[~mask[0]])
   np.testing.assert_allclose(hidden[mask[0]], np.asarray(x[0]).mean(), rtol=1e-6)

@@ -31,7 +31,11 @@ def hide(x, mask):
 
 
 def sigmoid_mse(raw, target, mask):
-  """Mean of (sigmoid(raw) - target)^2 over the hidden voxels of all samples; `[..., *S, C]`, mask `[..., *S]`."""
+  """(sigmoid(raw) - target)^2, averaged over the hidden voxels of each view and then over views.
+
+  `[B, V, *S, C]`, mask `[B, V, *S]`; a view in which nothing is hidden counts as 0.
+  """
   raw = raw.astype(jnp.promote_types(raw.dtype, jnp.float32))
-  wrong = (jax.nn.sigmoid(raw) - jax.lax.stop_gradient(target))**2
-  return jnp.where(mask[..., None], wrong, 0.).sum() / (mask.sum() * raw.shape[-1])
+  wrong = ((jax.nn.sigmoid(raw) - jax.lax.stop_gradient(target))**2).mean(-1)
+  voxels = tuple(range(2, mask.ndim))
+  return (jnp.where(mask, wrong, 0.).sum(voxels) / jnp.maximum(mask.sum(voxels), 1)).mean()

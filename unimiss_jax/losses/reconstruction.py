@@ -13,9 +13,10 @@ def minmax(x, eps: float, axes):
 
 
 def blurred_mse(target, block: int = 4):
-  """MSE of the means over block x block pixels against [..., H, W, C]: what a network reaches that knows only these."""
-  h, w, c = target.shape[-3:]
-  blocks = target.reshape(*target.shape[:-3], h // block, block, w // block, block, c)
+  """MSE of the means over block x block pixels against [..., H, W, C]: what a network reaches that knows only these.
+  What is left over at the lower and right edge is not looked at."""
+  (h, w), c = (n // block for n in target.shape[-3:-1]), target.shape[-1]
+  blocks = target[..., :h * block, :w * block, :].reshape(*target.shape[:-3], h, block, w, block, c)
   return jnp.mean((blocks - blocks.mean((-4, -2), keepdims=True))**2)
 
 

@@ -48,7 +48,8 @@ def make(config, data, times=alternation.paired) -> Method:
                   linear_init=config.model.get('init', 'released'), dtype=config.model.dtype)
   embed_dim = model.embedding_dim()
   ema_schedule = cosine_schedule(config.ema.momentum, config.ema.momentum_end, times.timeline.total, 0)
-  momentum = lambda step: ema_schedule(times.timeline.place(step))
+  power = batch.ct / config.ema.reference_batch if config.ema.reference_batch else 1.
+  momentum = lambda step: ema_schedule(times.timeline.place(step))**power
   teacher_temp = distillation.temperature_schedule(
       loss.warmup_teacher_temp, loss.teacher_temp, loss.teacher_temp_warmup, times.steps_per_epoch)
   centers = importlib.import_module(CENTER_UPDATES[loss.center_updates])
@@ -274,7 +275,7 @@ def make(config, data, times=alternation.paired) -> Method:
   def post(params, extra, aux, step):
     if not distils:
       return extra
-    m = momentum(step)**(batch.ct / config.ema.reference_batch) if config.ema.reference_batch else momentum(step)
+    m = momentum(step)
     ema = lambda t, p: (m * t + (1 - m) * p).astype(t.dtype)
     return {'teacher': jax.tree.map(ema, extra['teacher'], params),
             'center': aux.mean.get('center', extra['center'])}
