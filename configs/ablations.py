@@ -6,7 +6,9 @@
 
 The grids stand on the sizes and the trunk of preset phantom, so that a row takes minutes on a CPU; for another scale
 name its preset in the entry's place of PHANTOM. A row is one line, and one that changes nothing is refused. Rows are
-compared by the online evaluation of their last step: kNN, and retrieval of a CT by its DRR or X-ray.
+compared by the online evaluation of their last step: kNN, and retrieval of a CT by its DRR or X-ray. They make equally
+many steps, the first 77 with a rising rate (hence other `warmup_epochs` where an epoch is longer or shorter); a row
+that knows one modality, or has both in every step, sees twice as many samples of it.
 """
 
 PHANTOM = 'configs/unimiss_plus.py:phantom'
@@ -38,7 +40,7 @@ GRIDS = {
         'no_slices': {'loss.slice': 0.},
         'no_reconstruction': {'loss.recon_ct': 0., 'loss.recon_drr': 0., 'loss.recon_xray': 0.},
         'unimiss': {'method': 'unimiss'} | only(ct=1., slice=1., slice_slice=1., ct_slice=1., xray=1., nce=1.),
-        'only_2d': {'phases.ct': 0},
+        'only_2d': {'phases.ct': 0, 'optim.warmup_epochs': 1.6},
         'only_3d': NO_2D,
     }, 'unimiss_plus', common=ALL_TERMS),
     'losses': grid({
@@ -69,11 +71,13 @@ GRIDS = {
         'three_ct_to_one_xray': {'phases.ct': 3},
     }),
     'batch': grid({
-        'half': {'batch.ct': 4, 'batch.xray': 8}, 'double': {'batch.ct': 16, 'batch.xray': 32},
+        'half': {'batch.ct': 4, 'batch.xray': 8, 'optim.warmup_epochs': .4},
+        'double': {'batch.ct': 16, 'batch.xray': 32, 'optim.warmup_epochs': 1.6},
         'more_xrays': {'batch.xray': 64},
     }),
     'data': grid({
-        'quarter': {'data.phantom_records': 192}, 'double': {'data.phantom_records': 1536},
+        'quarter': {'data.phantom_records': 192, 'optim.warmup_epochs': 3.2},
+        'double': {'data.phantom_records': 1536, 'optim.warmup_epochs': .4},
     }),
     'trunk': grid({
         'no_residual': {'model.conv_residual': False},

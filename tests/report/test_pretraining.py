@@ -60,6 +60,12 @@ def test_means_differences_and_controls(grid):
     assert image.size[0] > 400
 
 
+def test_drr_of_another_kind_are_not_compared_by_what_they_find(grid):
+  pretraining.write(grid, 'toy', LEAVES | {'no_drr': {'loss.drr': 0., 'drr.view': 'axial'}}, 'base')
+  of = {r['score']: r['difference'] for r in lines(grid) if r['row'] == 'no_drr'}
+  assert of['drr_to_ct_r10'] == '' and of['knn_auc_ct'] != ''
+
+
 @pytest.mark.parametrize('spoil, text', [
     (lambda f: (results.place(f, 'no_drr', 1., 2) / 'DONE').unlink(), 'unfinished: no_drr seed 2'),
     (lambda f: finish(f, 'base', 3, {'optim': {'lr': 9.}}), 'recipes differ: base seed'),

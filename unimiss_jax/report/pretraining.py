@@ -22,7 +22,8 @@ from unimiss_jax.report.results import SEEDS, SERVICE, ComparisonError, Runs, re
 SCORES = {'eval/knn_auc_ct': 'kNN CT', 'eval/knn_auc_xray': 'kNN X-ray', 'eval/drr_to_ct_r10': 'DRR→CT R@10',
           'eval/xray_to_ct_r10': 'X-ray→CT R@10'}
 HOW = ('Of the last step; mean ± standard deviation over seeds; in brackets the mean difference to the base row over '
-       "the seeds that both have, with Student's 95 % interval over them. Untrained: step 0 of the base row.")
+       "the seeds that both have, with Student's 95 % interval over them. Untrained: step 0 of the base row. "
+       'Rows with DRR of another kind look for CT by those: no difference is given.')
 
 
 class Result(NamedTuple):
@@ -135,9 +136,17 @@ def markdown(title: str, runs: Runs, found: list[Row], faults=()) -> str:
   return '\n'.join([*lines, '', *(f'- {line}' for line in runs.failed), *[''] * bool(runs.failed), HOW, ''])
 
 
+def to_base(runs: Runs, row: str, score: str) -> tuple[float, float, float] | None:
+  """`difference` of a row to the base row; None where they cannot be compared: a row whose DRR are other pictures is
+  asked to find CT by those."""
+  other = any(leaf.startswith('drr.') for leaf in runs.leaves.get(row, ()))
+  if row not in runs.rows or row == runs.base or other and score == 'eval/drr_to_ct_r10':
+    return None
+  return difference(runs.rows[row], runs.rows.get(runs.base, {}), score)
+
+
 def _cell(runs, row, score) -> str:
-  d = row.name in runs.rows and row.name != runs.base and difference(runs.rows[row.name], runs.rows.get(runs.base, {}),
-                                                                     score)
+  d = to_base(runs, row.name, score)
   return spread(row.scores.get(score, ())) + (' ({:+.3f} [{:+.3f}, {:+.3f}])'.format(*d) if d else '')
 
 
@@ -147,10 +156,9 @@ def table(grid: str, runs: Runs, found: list[Row], reportable: bool) -> str:
   w = csv.writer(out, lineterminator='\n')
   w.writerow(['grid', 'reportable', 'row', 'score', 'n', 'mean', 'sd', 'values', 'seeds', 'difference', 'low', 'high',
               'seconds', 'cpu_seconds', 'step'])
-  base = runs.rows.get(runs.base, {})
   for row in found:
     for name, values in row.scores.items():
-      d = difference(runs.rows[row.name], base, name) if row.name in runs.rows and row.name != runs.base else None
+      d = to_base(runs, row.name, name)
       w.writerow([grid, 'yes' if reportable else 'no', row.name, name[5:], len(values), np.mean(values),
                   np.std(values, ddof=1) if len(values) > 1 else '', ' '.join(map(repr, values)),
                   ' '.join(map(str, row.seeds)), *(d or ('',) * 3),
