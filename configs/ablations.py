@@ -7,8 +7,8 @@
 The grids stand on the sizes and the trunk of preset phantom, so that a row takes minutes on a CPU; for another scale
 name its preset in the entry's place of PHANTOM. A row is one line, and one that changes nothing is refused. Rows are
 compared by the online evaluation of their last step: kNN, and retrieval of a CT by its DRR or X-ray. They make equally
-many steps, the first 77 (of `core` 24) with a rising rate (hence other `warmup_epochs` where an epoch is longer or shorter); a row
-that knows one modality, or has both in every step, sees twice as many samples of it.
+many steps, the first 77 (of `core` 24) with a rising rate: hence other `warmup_epochs` where an epoch is longer or
+shorter. A row that knows one modality, or has both in every step, sees twice as many samples of it.
 """
 
 PHANTOM = 'configs/unimiss_plus.py:phantom'
