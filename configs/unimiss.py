@@ -84,7 +84,8 @@ def phantom(c: ConfigDict) -> None:
 
 def reference(c: ConfigDict) -> None:
   """The released code where `plain` departs from it. Not reproduced: the end of a run where its schedules are read
-  beyond their last value, random numbers that its loader's workers share."""
+  beyond their last value, random numbers that its loader's workers share, tiles every 4 slices (ours: every 12),
+  hence other lengths of an epoch."""
   c.data.reshuffle = False
   c.views.ct.update(dict(pad_hu=0, pad_to=(256, 256), gamma_stats='bg0197'))
   c.model.pos_interp = 'reference'
