@@ -52,7 +52,7 @@ def run(config, logits, fit, cases, about: dict, folder, write=None) -> dict:
   found = {'task': config.preset, 'kind': task.kind, 'init_from': config.init_from, 'frozen': bool(task.frozen),
            'seed': config.seed, 'fraction': config.data.label_fraction, 'cases': len(cases), 'fit': len(fit),
            'classes': list(cases.classes), 'split_hash': cases.digest, 'recipe_hash': recipe_hash(config),
-           'cpu_seconds': time.process_time(), 'interval': {main: [low, high]},
+           'interval': {main: [low, high]},
            'scores': outcome.scores, 'control': control} | about
   if folder:
     place = folder / 'eval'

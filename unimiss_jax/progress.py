@@ -1,5 +1,6 @@
 """The line a person watches: loss parts, rates, share of time spent waiting for data, time left."""
 import math
+import os
 import time
 
 import numpy as np
@@ -98,6 +99,18 @@ class Stopwatch:
 
   def __exit__(self, *_):
     self.seconds = time.monotonic() - self._began
+
+
+class Cost:
+  """What a run has cost, former lives included, each up to its last checkpoint: set `before` to what that one spent."""
+
+  def __init__(self):
+    self.began, self.before = time.monotonic(), {}
+
+  def spent(self) -> dict[str, float]:
+    """Seconds, and CPU seconds of this process and of those of its workers that have ended."""
+    now = {'seconds': time.monotonic() - self.began, 'cpu_seconds': sum(os.times()[:4])}
+    return {k: v + self.before.get(k, 0.) for k, v in now.items()}
 
 
 def logged_steps(plan, every: int) -> set[int]:

@@ -35,7 +35,7 @@ from unimiss_jax.lifeline import Lifeline
 from unimiss_jax.methods import base
 from unimiss_jax.mirror import Mirror
 from unimiss_jax.observer import Observer
-from unimiss_jax.progress import Progress, Stopwatch, clock, idle, logged_steps
+from unimiss_jax.progress import Cost, Progress, Stopwatch, clock, idle, logged_steps
 from unimiss_jax.report import summary
 from unimiss_jax.state import own, parameters
 from unimiss_jax.watchdog import Watchdog
@@ -126,7 +126,7 @@ class Run:
 
   def __init__(self, config, folder, mirror, resume):
     self.config, self.folder, self.mirror = config, folder, mirror
-    self.main, self.began = processes.main(), time.monotonic()
+    self.main, self.cost = processes.main(), Cost()
     self.writer, self.rows = None, []      # rows: the last ones that were logged
     self.mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp)
     self.streams = processes.together(
@@ -163,6 +163,7 @@ class Run:
       self.state = jax.jit(init, out_shardings=placed)(key, given)
     else:
       state, meta = restored
+      self.cost.before = meta.get('cost', {})
       self.loaded = {k: meta[k] for k in ('loaded', 'weights_hash') if k in meta}
       self.state = own(state)
       for name, stream in self.streams.items():
@@ -342,7 +343,7 @@ class Run:
     with Stopwatch() as watch:
       values = self.observer.scores(self.state, at)
     if self.main:
-      cost = {'perf/seconds': time.monotonic() - self.began, 'perf/cpu_seconds': time.process_time()}
+      cost = {f'perf/{k}': v for k, v in self.cost.spent().items()}
       self.writer.write_scalars(at, values | cost, EVAL)
     short = {k: v for k, v in values.items() if k.count('/') == 1}
     logging.info('eval step %d on %s (%s): %s', at, self.observer.evalset.name, clock(watch.seconds),
@@ -357,7 +358,7 @@ class Run:
     fit = self.fit(tests.stream)
     watchdog.alive()
     about = self.loaded | {'step': int(state.step), 'steps': int(self.state.step),
-                           'parameters': parameters(state.params), 'seconds': time.monotonic() - self.began}
+                           'parameters': parameters(state.params)} | self.cost.spent()
     local = self.mirror.local if self.main else None
     save = lambda i, labels: tests.save(i, labels, local / 'eval' / 'predictions')
     final_test.run(self.config, self.observer.logits(state, tests), fit, tests, about, local,
@@ -383,7 +384,7 @@ class Run:
 
   def about(self, positions) -> dict:
     """What a checkpoint says of itself."""
-    return {'format': 1, 'positions': positions, 'records': self.records,
+    return {'format': 1, 'positions': positions, 'records': self.records, 'cost': self.cost.spent(),
             'config_hash': workdir.config_hash(self.config), 'versions': workdir.versions()} | self.loaded
 
   def end(self, checkpoints):
