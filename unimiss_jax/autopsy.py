@@ -1,4 +1,4 @@
-"""A step that is not finite: which tensor broke first, which records were in its batch, and the batch on disk."""
+"""A step that is not finite: which losses and gradients broke, which records it saw, and the batch on disk."""
 from __future__ import annotations
 
 import pathlib
@@ -11,16 +11,15 @@ from unimiss_jax.optim import named_leaves
 KEPT = 10      # batches on disk of one run; the first ones tell most
 
 
-def report(folder, step: int, batch: dict, params, bad_tensor: int) -> str:
+def report(folder, step: int, batch: dict, params, metrics: dict) -> str:
   """Writes nan/<step>.npz below `folder` (None: nothing is written) and says what is known, in one line.
 
   Args:
     batch: {stream: {field: global array}}; of rows on other processes nothing is said.
-    bad_tensor: number among named_leaves(params) of the first gradient that is not finite, -1 = none.
+    metrics: of the step; train/bad_tensor is a number among named_leaves(params).
   """
   rows = {s: {k: local(x) for k, x in fields.items()} for s, fields in batch.items()}
-  told = [f'first in the gradient of {list(named_leaves(params))[bad_tensor]}' if bad_tensor >= 0 else
-          'the loss alone']
+  told = [what_broke(params, metrics)]
   for stream, fields in rows.items():
     broken = broken_rows(fields)
     ids = fields['id'][broken] if broken.any() else fields['id']
@@ -34,6 +33,15 @@ def report(folder, step: int, batch: dict, params, bad_tensor: int) -> str:
         np.savez(f, **{f'{s}/{k}': x for s, fields in rows.items() for k, x in fields.items()})
       told.append(f'batch in nan/{step}.npz')
   return '; '.join(told)
+
+
+def what_broke(params, metrics: dict) -> str:
+  """Which losses, and how many gradients with the name of one: the first by name, not the first to break."""
+  terms = [k[6:] for k, v in metrics.items() if k.startswith('train/') and k.endswith('_loss') and not np.isfinite(v)]
+  losses = f'not finite: {", ".join(terms)}' if terms else 'all losses are finite'
+  names, count = list(named_leaves(params)), int(metrics.get('train/bad_tensors', 0))
+  grads = f'{count} of {len(names)} gradients are not' if count else 'all gradients are finite'
+  return f'{losses}; {grads}' + (f', one is that of {names[int(metrics["train/bad_tensor"])]}' if count else '')
 
 
 def local(x) -> np.ndarray:

@@ -68,7 +68,7 @@ def make_step(config, method, optimiser, phase_name, mesh, finish=None):
     bad = state.opt_state['bad'] + sum(rows['bad'].sum(dtype=jnp.int32) for rows in batch.values())
     metrics = aux.metrics | {f'train/grad_norm_{g}': n for g, n in norms.items()} | {
         f'train/update_norm_{g}': n for g, n in moved.items()} | {
-        'data/flat_views': flat_views(batch), 'train/bad_tensor': first_bad(grads),
+        'data/flat_views': flat_views(batch), **bad_gradients(grads),
         'train/grad_norm': jnp.sqrt(sum(n ** 2 for n in norms.values())),
         'train/lr': lr(step), 'train/wd': wd(step),
         'train/skipped': jnp.where(finite, 0, 1), 'train/skipped_in_a_row': skipped, 'data/bad_records': bad}
@@ -84,10 +84,11 @@ def flat_views(batch):
   return sum(f.sum() for f in flat) / max(sum(f.size for f in flat), 1)
 
 
-def first_bad(grads):
-  """Number of the first tensor, in the order of optim.named_leaves, whose gradient is not finite; -1 = none."""
+def bad_gradients(grads) -> dict:
+  """Number of tensors whose gradient is not finite, and of the first of them in the order of optim.named_leaves; -1 =
+  none."""
   bad = jnp.stack([~jnp.isfinite(jnp.sum(g * g)) for g in jax.tree.leaves(grads)])
-  return jnp.where(bad.any(), jnp.argmax(bad), -1)
+  return {'train/bad_tensors': bad.sum(), 'train/bad_tensor': jnp.where(bad.any(), jnp.argmax(bad), -1)}
 
 
 def gated(go, move, old, branch: bool | None = None):

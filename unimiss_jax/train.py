@@ -43,7 +43,7 @@ from unimiss_jax.writers import EVAL, Writer
 
 AHEAD = {'cpu': 0}    # steps that are worked on when the next one is dispatched, else 1; two on CPU may starve each
                       # other's collectives of threads
-HOST_ONLY = 'train/skipped_in_a_row', 'train/bad_tensor'    # metrics that are no curve
+HOST_ONLY = 'train/skipped_in_a_row', 'train/bad_tensor', 'train/bad_tensors'    # metrics that are no curve
 STORES = ('gs://',)      # where orbax writes, beside local folders
 
 
@@ -329,7 +329,7 @@ class Run:
   def skipped(self, i, phase, metrics, batch):
     row = int(metrics['train/skipped_in_a_row'])
     seen = autopsy.report(self.mirror.local if self.main else None, i, batch, self.state.params,
-                          int(metrics['train/bad_tensor']))
+                          jax.device_get(metrics))
     logging.warning('step %d %s: loss or gradient is not finite; step skipped (%d in a row, %d end the run); %s',
                     i, phase, row, self.config.optim.max_skipped, seen)
     if row >= self.config.optim.max_skipped:
