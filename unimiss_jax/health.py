@@ -4,10 +4,10 @@ Thresholds are chosen by us on runs of the phantom presets, healthy ones and pro
 where a level is known (ln K, chance, a still teacher) it comes from the config, never from a constant. Only what lasts
 counts: of the last rows of a phase all must show it, so that one odd batch makes no disease.
 
-Three healthy runs of 4,000 steps that learn kNN and pairs come down to RankMe 1.28 and feature std .015: RankMe does not
-centre, so what all embeddings share counts. They tell samples apart all the same, which their InfoNCE shows. A collapsed
-run (pilot, 2,048 prototypes, rate 4e-3) reaches 1.13 to 1.22 and .008 to .014, and its
-teacher says the same of all samples: its entropy and that of the mean over the batch differ by less than .01.
+Three healthy runs of 4,000 steps, which learn kNN and pairs, come down to RankMe 1.28 and feature std .015: RankMe does
+not centre, so what all embeddings share counts. They tell samples apart all the same, as their InfoNCE shows. A run that
+collapsed (pilot, 2,048 prototypes, rate 4e-3) comes to 1.13 and .008, and its teacher says the same of all samples: its
+entropy and that of the mean over the batch differ by less than .01 nats.
 """
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """A run, or several beside each other, as one HTML file: python -m unimiss_jax.cli.report --workdir=DIR.
 
-The page needs no connection: verdict, curves, picture sheets, scores, config and history come from the files of the run;
-what its network sees (nearest neighbours across dimensions, map of embeddings, reconstructions, attention, dense
+The page needs no connection. Verdict, curves, picture sheets, scores, config and history come from the files of the
+run; what its network sees (nearest neighbours across dimensions, map of embeddings, reconstructions, attention, dense
 features) from its newest checkpoint. A folder that is no run, as that of a sweep, stands for all runs below it.
 """
 import json

@@ -72,7 +72,10 @@ def thinned(x: list, y: list, most: int) -> dict:
 
 
 def _levels(name, run, chance, scores) -> dict:
-  out = {f'chance {phase}': of[name] for phase, of in chance.items() if name in of} | {'chance': scores.get(name)}
+  of = {phase: values[name] for phase, values in chance.items() if name in values}
+  out = {'chance': scores.get(name, next(iter(of.values()), None))}
+  if len(set(of.values())) > 1:      # each phase has its own
+    out = {f'chance {phase}': value for phase, value in of.items()}
   raw = run.last(name.replace('eval/', 'eval/raw_', 1)) if name.startswith('eval/') else None
   blur = name.replace('train/recon_', 'collapse/blur_recon_').removesuffix('_loss')
   blurred = run.last(blur) if name.startswith('train/recon_') else None

@@ -17,15 +17,15 @@ function html(parent, name, text, className) {
   parent.appendChild(e);
   return e;
 }
-function shown(v) {
+function shown(v, digits = 4) {
   if (v === null || v === undefined) return '–';
   const a = Math.abs(v);
-  return a !== 0 && (a < 1e-3 || a >= 1e5) ? v.toExponential(2) : String(Number(v.toPrecision(4)));
+  return a !== 0 && (a < 1e-3 || a >= 1e5) ? v.toExponential(digits - 2) : String(Number(v.toPrecision(digits)));
 }
 const color = i => `var(--c${i % COLORS})`;
 
 // ---- charts
-const LEFT = 46, RIGHT = 8, TOP = 8, BOTTOM = 20, HEIGHT = 176;
+const LEFT = 52, RIGHT = 8, TOP = 8, BOTTOM = 20, HEIGHT = 176;
 const many = DATA.runs.length > 1;
 
 class Chart {
@@ -33,7 +33,6 @@ class Chart {
     this.data = data;
     this.box = place;
     this.log = false;
-    this.phases = [...new Set(data.series.map(s => s.phase))];
     const head = html(place, 'header');
     html(head, 'span', data.title);
     this.button = html(head, 'button', 'log');
@@ -49,7 +48,7 @@ class Chart {
     this.area.onpointerleave = () => this.tell(null);
   }
   style(s) {
-    const phase = this.phases.indexOf(s.phase);
+    const phase = DATA.phases.indexOf(s.phase);
     return many ? {c: color(s.run), d: DASHES[phase % DASHES.length]} : {c: color(phase), d: ''};
   }
   scale(log) {
@@ -80,7 +79,7 @@ class Chart {
     svg(this.area, 'path', {class: 'axis', d: `M${LEFT} ${TOP}V${HEIGHT - BOTTOM}H${width - RIGHT}`});
     for (const f of [0, .5, 1]) {
       const v = y0 + f * (y1 - y0), x = x0 + f * (x1 - x0);
-      svg(this.area, 'text', {x: LEFT - 4, y: Y(v) + 4, 'text-anchor': 'end'}).textContent = shown(this.log ? 10 ** v : v);
+      svg(this.area, 'text', {x: LEFT - 4, y: Y(v) + 4, 'text-anchor': 'end'}).textContent = shown(this.log ? 10 ** v : v, 3);
       svg(this.area, 'text', {x: X(x), y: HEIGHT - 5, 'text-anchor': f === 0 ? 'start' : f === 1 ? 'end' : 'middle'})
         .textContent = String(Math.round(x));
     }

@@ -20,8 +20,8 @@ from unimiss_jax.report.run_files import RunFiles
 
 STYLE, SCRIPT = ((pathlib.Path(__file__).with_name(f'page.{end}')).read_text() for end in ('css', 'js'))
 MOST_STEPS, MOST_BYTES = 12, 8 << 20     # of a stream's sheets over time; of all pictures of runs together
-SHEETS = ('As the network was given them: planes of each patient with left and right marked, the DRR, then the drawn views, '
-          'with their reconstruction where such a loss is on. Letters stand on views that cannot be mirrored.')
+SHEETS = ('As the network was given them: planes of each patient with left and right marked, the DRR, then the drawn '
+          'views, with their reconstruction where such a loss is on. Letters stand on views that cannot be mirrored.')
 
 
 def html(runs: list[RunFiles], verdicts: list, chance: dict, preset: dict | None = None, shown=(), notes=(),
@@ -42,7 +42,8 @@ def html(runs: list[RunFiles], verdicts: list, chance: dict, preset: dict | None
   groups = curves.charts(runs, chance, scores)
   flat = [c for cs in groups.values() for c in cs]
   maps = [s for s in shown if isinstance(s, figures.Map)]
-  data = {'runs': [r.name for r in runs], 'charts': [c.plain() for c in flat], 'maps': [m.plain() for m in maps]}
+  data = {'runs': [r.name for r in runs], 'phases': sorted({s['phase'] for c in flat for s in c.series}),
+          'charts': [c.plain() for c in flat], 'maps': [m.plain() for m in maps]}
   title = f'{len(runs)} runs' if several else run.name
   parts = {
       'Verdict': sections.verdict(runs, verdicts, ended) + ''.join(f'<p class="dim">{escape(n)}</p>' for n in notes),

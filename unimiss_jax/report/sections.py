@@ -97,10 +97,10 @@ def health_panel(runs, verdicts) -> str:
       if mine:
         cells.append(f'<td class="bad">{escape("; ".join(f.evidence for f in mine))}</td>')
       else:
-        known = v.known and run.last(reads) is not None
+        known = v.known and run.last(reads) is not None      # no rows, no opinion
         cells.append('<td>no sign</td>' if known else '<td class="dim">not measured</td>')
     rows.append(f'<tr><td class="key">{escape(disease)}</td>{"".join(cells)}<td class="dim name">{escape(reads)}</td></tr>')
-  title = ''.join(f'<th>{escape(h)}</th>' for h in head)
+  title = ''.join(f'<th>{escape(h)}</th>' for h in head[:-1]) + f'<th class="name">{head[-1]}</th>'
   return f'<div class="scroll"><table><tr>{title}</tr>{"".join(rows)}</table></div>'
 
 
