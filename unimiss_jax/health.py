@@ -5,9 +5,9 @@ where a level is known (ln K, chance, a still teacher) it comes from the config,
 counts: of the last rows of a phase all must show it, so that one odd batch makes no disease.
 
 Three healthy runs of 4,000 steps, which learn kNN and pairs, come down to RankMe 1.28 and feature std .015: RankMe does
-not centre, so what all embeddings share counts. They tell samples apart all the same, as their InfoNCE shows. A run that
-collapsed (pilot, 2,048 prototypes, rate 4e-3) comes to 1.13 and .008, and its teacher says the same of all samples: its
-entropy and that of the mean over the batch differ by less than .01 nats.
+not centre, so what all embeddings share counts. They tell samples apart all the same, as their InfoNCE shows. A run
+that collapsed (pilot, 2,048 prototypes, rate 4e-3) comes to 1.13 and .008, and its teacher says the same of all
+samples: its entropy and that of the mean over the batch differ by less than .01 nats.
 """
 from __future__ import annotations
 

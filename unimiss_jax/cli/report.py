@@ -26,7 +26,7 @@ def main(argv=None) -> int:
   p.add_argument('--out', default='', help='file to write; "" = report/index.html of the folder, of several folders '
                  'report/compared.html of the first')
   p.add_argument('--no_model', action='store_true', help='leave out what needs the network')
-  p.add_argument('--records', type=int, default=120, help='samples of the evaluation set that the network is shown')
+  p.add_argument('--records', type=int, default=60, help='samples of the evaluation set that the network is shown')
   p.add_argument('--branch', default='', choices=('', 'student', 'teacher'), help='"" = the teacher, if there is one')
   p.add_argument('--debug', action='store_true', help='show the traceback of an error')
   f = p.parse_args(argv)
@@ -43,7 +43,7 @@ def main(argv=None) -> int:
     return fail(e if isinstance(e, OSError) else f'unforeseen {type(e).__name__}: {e}. --debug shows where', 1)
 
 
-def report(folders: list, out: str = '', model: bool = True, records: int = 120, branch: str = '') -> int:
+def report(folders: list, out: str = '', model: bool = True, records: int = 60, branch: str = '') -> int:
   """Writes the page; arguments are the flags above. Returns the exit code."""
   from unimiss_jax.report import live, page, run_files, sections  # late: a usage error should not wait for jax
   found = [run for folder in folders for run in run_files.below(folder)]

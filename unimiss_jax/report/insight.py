@@ -3,6 +3,8 @@ what its class token looks at, and its dense features, on patients that training
 """
 from __future__ import annotations
 
+import re
+
 import jax
 import numpy as np
 from PIL import Image, ImageDraw
@@ -15,7 +17,9 @@ from unimiss_jax.report.figures import Map, Picture
 ROWS = 8               # samples of a call
 QUERIES, NEAR = 6, 5   # rows and columns of the sheets of neighbours
 SHOWN = 4              # samples of reconstructions and of 2-D maps
+PLACES = 8             # along a row of the map of dense features, at least
 SIDE = 160             # pixels of a frame of a volume
+SHAPES = 'circles', 'squares', 'triangles'
 OWN, OTHER = (60, 200, 100), (90, 90, 90)      # frames around the own patient and around others
 
 
@@ -71,7 +75,7 @@ def _batched(f, x) -> np.ndarray:
 
 
 def plane(x, view: str = 'pa') -> np.ndarray:
-  """uint8 [h, w] of a sample: an image as it is, of a volume [D, H, W, 1] the plane that a DRR of this view looks onto."""
+  """uint8 [h, w] of a sample: an image as it is, of a volume [D, H, W, 1] the plane that a DRR of this view shows."""
   if x.ndim == 3:
     return sheets.grey(x[..., 0])
   at = {'axial': 0, 'lateral': 2}.get(view, 1)
@@ -92,11 +96,11 @@ def embedding_map(embedded: dict, labels: dict, seed: int) -> Map:
   share = (s**2 / max((s**2).sum(), 1e-12))[:2]
   of = {k: labels.get('ct' if k == 'drr' else k, {}) for k in kinds}
   names = sorted(set().union(*of.values())) or ['(no label)']
-  value = lambda k, name, i: (float(of[k][name][i]) if name in of[k] and np.isfinite(of[k][name][i]) else None)
+  value = lambda k, name, i: float(of[k][name][i]) if name in of[k] and np.isfinite(of[k][name][i]) else None
   each = [(k, i) for k in kinds for i in range(len(embedded[k]))]
-  return Map('Embeddings by label', f'First two principal components ({share[0]:.0%} and {share[1]:.0%} of the variance) '
-             'after each kind is centred. Circles, squares and triangles: ' + ', '.join(kinds) + '; blue: without the '
-             'finding, orange: with it.', [[round(float(v), 4) for v in p] for p in (x - x.mean(0)) @ axes[:2].T],
+  note = (f'First two principal components ({share[0]:.0%} and {share[1]:.0%} of the variance), each kind centred. '
+          f'{", ".join(f"{k}: {shape}" for k, shape in zip(kinds, SHAPES))}; blue: without the finding, orange: with it.')
+  return Map('Embeddings by label', note, [[round(float(v), 4) for v in p] for p in (x - x.mean(0)) @ axes[:2].T],
              [k for k, _ in each], [str(i) for _, i in each],
              {name: [value(k, name, i) for k, i in each] for name in names})
 
@@ -163,8 +167,8 @@ def reconstructions(reconstruct, params, views: dict) -> list[Picture]:
       shown = [sheets.grey(one), sheets.grey(again), figures.heat(np.abs(one - again) / .25)]
       tiles.append([(figures.large(t, (96, 96)), None) for t in shown])
     names = [f'{kind} {i}: mean squared error {e:.4f}' for i, e in enumerate(errors)]
-    out.append(Picture(f'Reconstruction: {kind}', 'Input, reconstruction, absolute difference (black 0, light yellow 0.25 '
-                       'of the range).', figures.encoded(_sheet(tiles, names))))
+    out.append(Picture(f'Reconstruction: {kind}', 'Input, reconstruction, absolute difference (black 0, light yellow '
+                       '0.25 of the range).', figures.encoded(_sheet(tiles, names))))
   return out
 
 
@@ -172,17 +176,16 @@ def reconstructions(reconstruct, params, views: dict) -> list[Picture]:
 
 def dense(found, config, views: dict) -> list[Picture]:
   """Of images a sheet, of one volume a browser through its slices: input, what the class token looks at in the last
-  block (mean of the heads), and the three principal components of the last but one map as colours."""
+  block (mean of the heads), and the three principal components of the deepest map with enough places as colours."""
   model = models.build(config.model)
-  last = max(model.depths[-1] if hasattr(model, 'depths') else 1, 1) - 1
   apply = jax.jit(lambda p, x: model.apply({'params': p}, x, decode=False, mutable=['intermediates']))
   params = {k: v for k, v in found.params['backbone'].items() if k == 'transformer'}
   out = []
   for kind in (k for k in ('xray', 'ct') if k in views):
     x = views[kind][:SHOWN if kind == 'xray' else 1]
     (_, pyramid, _), more = apply(params, x)
-    maps = np.asarray(pyramid[-2])
-    looked = _class_row(more.get('intermediates', {}), last, np.asarray(pyramid[-1]).shape[1:-1])
+    maps = np.asarray(next((m for m in pyramid[::-1] if m.shape[-2] >= PLACES), pyramid[-1]))
+    looked = _class_row(more.get('intermediates', {}), pyramid[-1].shape[1:-1])
     rgb = components(maps)
     parts = ['input'] + ['attention of the class token'] * (looked is not None) + ['principal components of features']
     note = f'From the left: {", ".join(parts)}; grids {looked.shape[1:] if looked is not None else "-"} and ' \
@@ -209,17 +212,22 @@ def components(maps) -> np.ndarray:
   return (np.clip((y - low) / np.maximum(high - low, 1e-9), 0, 1) * 255).astype(np.uint8).reshape(*maps.shape[:-1], -1)
 
 
-def _class_row(sown: dict, last: int, grid: tuple) -> np.ndarray | None:
-  """[N, *grid] in [0, 1] from what the attention of the last block kept; None without a class token or another grid."""
-  flat = {'/'.join(map(str, (getattr(k, 'key', k) for k in path))): v
-          for path, v in jax.tree_util.tree_flatten_with_path(sown)[0]}
-  rows = [v for k, v in flat.items() if 'class_row' in k and not k.startswith('Decblock')]
-  rows = [np.asarray(r).mean(1)[:, 1:] for r in rows if np.asarray(r).shape[-1] == int(np.prod(grid)) + 1]
+def _class_row(sown: dict, grid: tuple) -> np.ndarray | None:
+  """[N, *grid] in [0, 1] from what the attentions kept, [N, heads, 1 + places] each: of the last block that looks at
+  this grid; None where there is no class token."""
+  kept = [(jax.tree_util.keystr(path), row) for path, row in jax.tree_util.tree_flatten_with_path(sown)[0]]
+  rows = [np.asarray(row).mean(1)[:, 1:] for path, row in sorted(kept, key=lambda k: _natural(k[0]))
+          if 'class_row' in path and row.shape[-1] == int(np.prod(grid)) + 1]
   if not rows:
     return None
   row = rows[-1].reshape(-1, *grid)
   axes = tuple(range(1, row.ndim))
   return (row - row.min(axes, keepdims=True)) / np.maximum(np.ptp(row, axis=axes, keepdims=True), 1e-12)
+
+
+def _natural(text: str) -> list:
+  """Key that orders block2 before block10."""
+  return [int(t) if t.isdigit() else t for t in re.split(r'(\d+)', text)]
 
 
 def _browser(name, axis, volume, looked, rgb, note) -> Picture:
@@ -231,8 +239,8 @@ def _browser(name, axis, volume, looked, rgb, note) -> Picture:
     parts = [sheets.grey(cut(volume, i), -1, 1)]
     parts += [figures.heat(cut(looked, i))] if looked is not None else []
     frames.append(np.concatenate([_rgb(figures.large(p, (SIDE, SIDE))) for p in [*parts, cut(rgb, i)]], 1))
-  return Picture(f'Dense features of a volume: {name} slices', note, figures.encoded(figures.strip(frames)), len(frames),
-                 1.5)
+  strip = figures.encoded(figures.strip(frames))
+  return Picture(f'Dense features of a volume: {name} slices', note, strip, len(frames), 1.5)
 
 
 def _rgb(x) -> np.ndarray:

@@ -9,8 +9,8 @@ from unimiss_jax.report import page, run_files, sections
 
 SHARE = .01         # of the time of a run that the page may cost before its end
 GUESS_S = 1.        # of the first page
-NOTES = ('Written by the run itself. python -m unimiss_jax.cli.report --workdir=... adds what its network sees (nearest '
-         'neighbours, embeddings, attention, dense features) and what differs from the preset.',)
+NOTES = ('Written by the run itself. python -m unimiss_jax.cli.report --workdir=... adds what its network sees '
+         '(neighbours, embeddings, attention, dense features) and what differs from the preset.',)
 
 
 class Live:

@@ -99,7 +99,8 @@ def health_panel(runs, verdicts) -> str:
       else:
         known = v.known and run.last(reads) is not None      # no rows, no opinion
         cells.append('<td>no sign</td>' if known else '<td class="dim">not measured</td>')
-    rows.append(f'<tr><td class="key">{escape(disease)}</td>{"".join(cells)}<td class="dim name">{escape(reads)}</td></tr>')
+    cells = [f'<td class="key">{escape(disease)}</td>', *cells, f'<td class="dim name">{escape(reads)}</td>']
+    rows.append(f'<tr>{"".join(cells)}</tr>')
   title = ''.join(f'<th>{escape(h)}</th>' for h in head[:-1]) + f'<th class="name">{head[-1]}</th>'
   return f'<div class="scroll"><table><tr>{title}</tr>{"".join(rows)}</table></div>'
 
