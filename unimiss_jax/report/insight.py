@@ -98,8 +98,9 @@ def embedding_map(embedded: dict, labels: dict, seed: int) -> Map:
   names = sorted(set().union(*of.values())) or ['(no label)']
   value = lambda k, name, i: float(of[k][name][i]) if name in of[k] and np.isfinite(of[k][name][i]) else None
   each = [(k, i) for k in kinds for i in range(len(embedded[k]))]
+  shapes = ', '.join(f'{k}: {shape}' for k, shape in zip(kinds, SHAPES))
   note = (f'First two principal components ({share[0]:.0%} and {share[1]:.0%} of the variance), each kind centred. '
-          f'{", ".join(f"{k}: {shape}" for k, shape in zip(kinds, SHAPES))}; blue: without the finding, orange: with it.')
+          f'{shapes}; blue: without the finding, orange: with it.')
   return Map('Embeddings by label', note, [[round(float(v), 4) for v in p] for p in (x - x.mean(0)) @ axes[:2].T],
              [k for k, _ in each], [str(i) for _, i in each],
              {name: [value(k, name, i) for k, i in each] for name in names})

@@ -128,15 +128,17 @@ class Chart {
 }
 
 const waiting = new Map(), made = [];
-const draw = chart => { chart.draw(); chart.drawn = true; };
-const seen = new IntersectionObserver(entries => {
-  for (const e of entries) if (e.isIntersecting && waiting.has(e.target)) {
-    const chart = new Chart(e.target, waiting.get(e.target));
-    waiting.delete(e.target); made.push(chart);
-    if (logAll) chart.scale(true); else draw(chart);
-  }
-}, {rootMargin: '300px'});
 let logAll = false;
+function begin(place) {
+  if (!waiting.has(place)) return;
+  const chart = new Chart(place, waiting.get(place));
+  waiting.delete(place);
+  made.push(chart);
+  chart.scale(logAll);
+}
+const seen = new IntersectionObserver(
+  entries => entries.forEach(e => { if (e.isIntersecting) begin(e.target); }), {rootMargin: '300px'});
+window.addEventListener('beforeprint', () => [...waiting.keys()].forEach(begin));
 for (const place of document.querySelectorAll('.chart')) {
   waiting.set(place, DATA.charts[Number(place.dataset.chart)]);
   seen.observe(place);
