@@ -232,14 +232,18 @@ def _natural(text: str) -> list:
 
 
 def _browser(name, axis, volume, looked, rgb, note) -> Picture:
-  """A strip of frames along an axis of [S, A, R], each shown from the head, the front or the right, as in sheets."""
+  """A strip of frames along an axis of [S, A, R], oriented as in sheets, stretched to a square."""
   frames, n = [], volume.shape[axis]
   cut = lambda v, i: np.take(v[::-1, ::-1, ::-1], min(i * v.shape[axis] // n, v.shape[axis] - 1), axis)
   step = max(n // 48, 1)
   for i in range(0, n, step):
     parts = [sheets.grey(cut(volume, i), -1, 1)]
     parts += [figures.heat(cut(looked, i))] if looked is not None else []
-    frames.append(np.concatenate([_rgb(figures.large(p, (SIDE, SIDE))) for p in [*parts, cut(rgb, i)]], 1))
+    frame = Image.fromarray(np.concatenate([_rgb(figures.large(p, (SIDE, SIDE))) for p in [*parts, cut(rgb, i)]], 1))
+    pen = ImageDraw.Draw(frame)
+    for letter, x in zip('AP' if axis == 2 else 'RL', (2, SIDE - 9)):
+      pen.text((x, 1), letter, fill=(255, 255, 255))
+    frames.append(np.asarray(frame))
   strip = figures.encoded(figures.strip(frames))
   return Picture(f'Dense features of a volume: {name} slices', note, strip, len(frames), 1.5)
 

@@ -26,6 +26,7 @@ const color = i => `var(--c${i % COLORS})`;
 
 // ---- charts
 const LEFT = 52, RIGHT = 8, TOP = 8, BOTTOM = 20, HEIGHT = 176;
+const TOLD = 16;      // series whose values are written out
 const many = DATA.runs.length > 1;
 
 class Chart {
@@ -113,7 +114,8 @@ class Chart {
     this.said.textContent = '';
     this.cursor.setAttribute('visibility', x === null ? 'hidden' : 'visible');
     let first = true;
-    for (const s of this.data.series) {
+    const told = this.data.series.slice(0, TOLD);
+    for (const s of told) {
       let best = s.x.length - 1;
       if (x !== null) for (let i = 0; i < s.x.length; i++) if (Math.abs(s.x[i] - x) < Math.abs(s.x[best] - x)) best = i;
       if (x !== null && first) {
@@ -124,6 +126,8 @@ class Chart {
       html(part, 'i', undefined, 'dot').style.background = look.c;
       part.append([many ? DATA.runs[s.run] : '', s.phase].filter(Boolean).join(' ') + ' ' + shown(s.y[best]));
     }
+    const more = this.data.series.length - told.length;
+    if (more) html(this.said, 'span', `and ${more} more`);
   }
 }
 

@@ -29,7 +29,7 @@ def html(runs: list[RunFiles], verdicts: list, chance: dict, preset: dict | None
   """The page as text.
 
   Args:
-    runs: the first one is described in full, of the others curves, verdict, scores and the last pictures.
+    runs: the first one is described in full, of the others curves, verdict and scores, of few also the last pictures.
     verdicts: `sections.Verdict` of each run.
     chance: {phase: {metric: value for a network that tells nothing apart}} of the first run.
     preset: {leaf: value} of the preset that the first run started from; None = not known.
@@ -104,7 +104,7 @@ def _curves(groups, several) -> str:
 def _sheets(runs) -> str:
   """The picture files of runs: of one run over time, of several the last ones."""
   out, left, lost = '', MOST_BYTES, 0
-  for run in runs:
+  for run in runs if len(runs) <= sections.FEW else runs[:1]:
     for stream, files in run.pictures.items():
       last = len(files) - 1
       keep = sorted({round(i * last / (MOST_STEPS - 1)) for i in range(MOST_STEPS)} if len(runs) == 1 else {last})

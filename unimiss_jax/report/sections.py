@@ -15,6 +15,7 @@ from unimiss_jax.report import summary
 from unimiss_jax.report.run_files import RunFiles
 
 NEEDED = health.LAST      # rows of a phase, before anything can be said
+FEW = 6                   # runs that are shown one by one; more are rows of one table
 
 
 class Verdict(NamedTuple):
@@ -71,12 +72,17 @@ def facts(runs: list[RunFiles]) -> str:
       'devices': f'{len(devices)} x {devices[0]}' if devices else None,
       'last score': next((f'{k[5:]} {run.last(k):.3f}' for k in levels(run) if run.last(k) is not None), None)}
   tiles = ''.join(f'<div><span class="dim">{k}</span><b>{escape(v)}</b></div>' for k, v in told.items() if v)
-  return f'<div class="facts">{tiles}</div>'
+  return (f'<p class="dim">{escape(run.name)}, the first run:</p>' if len(runs) > 1 else '') + (
+      f'<div class="facts">{tiles}</div>')
 
 
 def verdict(runs, verdicts, ended: str) -> str:
   """What is wrong, its evidence and the knob to turn; of each run."""
   out = f'<div class="verdict bad"><b>ended by a fault</b><p>{escape(ended)}</p></div>' if ended else ''
+  if len(runs) > FEW:
+    return out + table(['run', 'steps', 'complete', 'verdict'], [
+        [r.name, r.steps(), 'yes' if r.done else 'no', v.line.partition(': ')[2] or v.line]
+        for r, v in zip(runs, verdicts)], 4)
   for run, v in zip(runs, verdicts):
     kind = 'bad' if v.found else 'good' if v.known else ''
     word = v.found[0].disease if v.found else 'healthy' if v.known else 'not known'
@@ -88,7 +94,9 @@ def verdict(runs, verdicts, ended: str) -> str:
 
 
 def health_panel(runs, verdicts) -> str:
-  """Every disease that is looked for, and what was found of it."""
+  """Every disease that is looked for, and what was found of it; of few runs."""
+  if len(runs) > FEW:
+    return ''
   head, rows = ['disease', *(r.name if len(runs) > 1 else 'found' for r in runs), 'told by'], []
   for disease, (_, reads) in health.CHECKS.items():
     cells = []
@@ -106,7 +114,12 @@ def health_panel(runs, verdicts) -> str:
 
 
 def scores(runs, known: dict) -> str:
-  """Evaluations at the start and at the end beside chance and raw pixels."""
+  """Evaluations at the start and at the end beside chance and raw pixels; of many runs the last values."""
+  if len(runs) > FEW:
+    names = sorted({k for r in runs for row in r.rows for k in row if k.startswith('eval/') and k.count('/') == 1
+                    and not k.startswith('eval/raw_')})
+    return table(['last evaluation', *(k[5:] for k in names)],
+                 [[r.name, *(number(r.last(k)) for k in names)] for r in runs]) if names else ''
   out = ''
   for run in runs:
     evals = [r for r in run.rows if r['phase'] == 'eval']
@@ -126,7 +139,11 @@ def scores(runs, known: dict) -> str:
 
 
 def tested(runs) -> str:
-  """eval/test.json of runs that have one."""
+  """eval/test.json of runs that have one; of many runs what stands for all classes."""
+  if len(runs) > FEW:
+    names = sorted({k for r in runs for k in r.test.get('scores') or () if '/' not in k})
+    value = lambda r, k: number((r.test.get('scores') or {}).get(k))
+    return table(['test', *names], [[r.name, *(value(r, k) for k in names)] for r in runs]) if names else ''
   out = ''
   for run in runs:
     found = run.test.get('scores')
@@ -177,18 +194,18 @@ def config(runs, preset: dict | None) -> str:
     out += '<h3>Differences from the preset</h3>' + (table(['leaf', 'preset', 'run'], changed, 3) if changed else
                                                      '<p>none</p>')
   if len(runs) > 1:
-    unlike = [[k, *(plain(c.get(k, '(none)')) for c in leaves)] for k in sorted(set().union(*leaves))
-              if len({plain(c.get(k)) for c in leaves}) > 1]
-    out += '<h3>Differences between the runs</h3>' + (table(['leaf', *(r.name for r in runs)], unlike, len(runs) + 1)
-                                                      if unlike else '<p>none</p>')
+    unlike = [k for k in sorted(set().union(*leaves)) if len({plain(c.get(k)) for c in leaves}) > 1]
+    rows = [[r.name, *(plain(c.get(k, '(none)')) for k in unlike)] for r, c in zip(runs, leaves)]
+    out += '<h3>Differences between the runs</h3>' + (table(['run', *unlike], rows, len(unlike) + 1) if unlike else
+                                                      '<p>none</p>')
   rows = [[k, plain(v)] for k, v in sorted(leaves[0].items())]
   return out + (f'<details><summary>all {len(rows)} leaves</summary>{table([], rows, 2)}</details>' if rows else '')
 
 
 def environment(runs) -> str:
-  """Command, versions, devices."""
+  """Command, versions, devices; of many runs those of the first."""
   out = ''
-  for run in runs:
+  for run in runs if len(runs) <= FEW else runs[:1]:
     rows = [[k, ' '.join(map(str, v)) if k == 'command' and isinstance(v, list) else plain(v)]
             for k, v in flat(run.env).items()]
     cost = [[k.removeprefix('perf/'), f'{v:.0f}'] for k in ('perf/seconds', 'perf/cpu_seconds')
