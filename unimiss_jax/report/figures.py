@@ -42,14 +42,16 @@ class Map(NamedTuple):
     return self._asdict() | {'kinds': list(dict.fromkeys(self.kind))}
 
 
-def encoded(image: Image.Image) -> bytes:
-  """JPEG or PNG, the smaller one."""
-  out = []
-  for how in ({'format': 'JPEG', 'quality': QUALITY}, {'format': 'PNG'}):
-    file = io.BytesIO()
-    image.save(file, **how)
-    out.append(file.getvalue())
-  return min(out, key=len)
+def encoded(image: Image.Image, png: bytes = b'') -> bytes:
+  """JPEG or PNG, the smaller one; png: the picture as PNG, where it is one already."""
+  jpeg = _saved(image, format='JPEG', quality=QUALITY)
+  return min(jpeg, png or _saved(image, format='PNG'), key=len)
+
+
+def _saved(image, **how) -> bytes:
+  file = io.BytesIO()
+  image.save(file, **how)
+  return file.getvalue()
 
 
 def uri(data: bytes) -> str:

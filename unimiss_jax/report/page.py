@@ -130,8 +130,9 @@ def _sheets(runs) -> str:
 def _small(path) -> bytes | None:
   """A picture file as small as it goes; None where it is none."""
   try:
-    with Image.open(io.BytesIO(path.read_bytes())) as image:
-      return figures.encoded(image if image.mode in ('L', 'RGB') else image.convert('RGB'))
+    data = path.read_bytes()
+    with Image.open(io.BytesIO(data), formats=('PNG',)) as image:
+      return figures.encoded(image if image.mode in ('L', 'RGB') else image.convert('RGB'), data)
   except (OSError, ValueError, Image.DecompressionBombError, SyntaxError):
     return None
 

@@ -47,7 +47,7 @@ def levels(run: RunFiles) -> dict:
   of = run.config.get('eval') if isinstance(run.config.get('eval'), dict) else {}
   known = not of.get('knn') and 'unimedi' not in run.config
   known = known and all(isinstance(of.get(k), int) for k in ('records', 'fit'))
-  return summary.levels(max(of['records'] - of['fit'], 0) if known else 0)
+  return summary.known_chance(max(of['records'] - of['fit'], 0) if known else 0)
 
 
 def table(head: list, rows: list, names: int = 1) -> str:
