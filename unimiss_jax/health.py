@@ -22,8 +22,9 @@ ONE = .05           # of ln K: entropy of the mean over a batch
 SAME = .02          # nats that the teacher's answer tells about which sample it was,
 SHARP = .25         # of ln K: where its entropy is below; a young teacher near uniform may not tell anything yet
 DEAD_STD, DEAD_RANK = 5e-3, 1.1
-NARROW_RANK = 1.5   # dead as well, where no loss tells samples apart
+NARROW_RANK = 1.5   # dead as well, where the losses do not tell samples apart
 APART = .9          # of chance: a contrastive loss below it does
+TELLS = .2          # nats that the teacher's answer tells about the sample: so does this
 STILL = 1e-7        # norm of an update
 SPIKE = 20.         # times the median gradient norm before
 STARVED = .2        # share of the time spent waiting for data
@@ -107,9 +108,8 @@ def uniform_teacher(phase, rows, config, chance):
 
 
 def one_prototype(phase, rows, config, chance):
-  levels, entropy, teacher = math.log(config.head.out_dim), _last(rows, 'collapse/batch_entropy'), _last(
-      rows, 'collapse/teacher_entropy')
-  told = [b - t for b, t in zip(entropy, teacher)]
+  levels, told = math.log(config.head.out_dim), _told(rows)
+  entropy, teacher = _last(rows, 'collapse/batch_entropy'), _last(rows, 'collapse/teacher_entropy')
   if entropy and max(entropy) < ONE * levels:
     evidence = f'entropy of the mean over a batch {entropy[-1]:.3f}: all samples choose the same'
   elif told and max(told) < SAME and max(entropy) < SHARP * levels and _late(config, rows):
@@ -124,7 +124,7 @@ def one_prototype(phase, rows, config, chance):
 def dead_features(phase, rows, config, chance):
   std, rank = _last(rows, 'collapse/feature_std'), _last(rows, 'collapse/rankme')
   dead = std and max(std) < DEAD_STD or rank and max(rank) < DEAD_RANK
-  if dead or rank and max(rank) < NARROW_RANK and _late(config, rows) and not _told_apart(rows, chance):
+  if dead or rank and max(rank) < NARROW_RANK and _late(config, rows) and _alike(rows, chance):
     yield Finding('dead features', f'{phase}: embeddings {"do not" if dead else "hardly"} differ between samples (std '
                   f'{std[-1] if std else float("nan"):.1g}, effective rank {rank[-1] if rank else float("nan"):.2f})',
                   'lower optim.lr; model.init=fan_in, model.final_norm=True, head.batch_standardize=True')
@@ -168,10 +168,17 @@ CHECKS = {      # disease: check, what it reads; the cause before its effects
     'pairs do not match': (at_chance, CONTRASTIVE[0]), 'data starvation': (starved, 'data/wait_frac')}
 
 
-def _told_apart(rows, chance) -> bool:
-  """Whether a contrastive loss of the last rows shows that embeddings differ."""
-  return any(r[key] < APART * chance[key] for r in rows[-LAST:] for key in CONTRASTIVE
-             if key in chance and r.get(key) is not None)
+def _told(rows) -> list[float]:
+  """What the teacher's answer tells about which sample it was, in nats, in the last rows; [] where it is not known."""
+  return [b - t for b, t in zip(_last(rows, 'collapse/batch_entropy'), _last(rows, 'collapse/teacher_entropy'))]
+
+
+def _alike(rows, chance) -> bool:
+  """Whether all that the last rows say of it is that samples look alike; False where they say nothing."""
+  contrast = [r[key] < APART * chance[key] for r in rows[-LAST:] for key in CONTRASTIVE
+              if key in chance and r.get(key) is not None]
+  said = contrast + [nats > TELLS for nats in _told(rows)]
+  return bool(said) and not any(said)
 
 
 def _late(config, rows) -> bool:

@@ -32,7 +32,7 @@ def figures_of(found, method, config, tests) -> tuple[list, list]:
     config: of the run.
     tests: data_pipelines.evalset.EvalSet.
   """
-  views = {k: x[:, 0] for k, x in tests.views.items() if x.shape[-1] in (1, 3)}
+  views = {k: x[:, 0] for k, x in tests.views.items()}
   out, notes = [], [f'Network: {found.branch} of {found.source}; {tests.name}, '
                     + ', '.join(f'{len(x)} {k}' for k, x in views.items()) + '.']
 
@@ -48,7 +48,7 @@ def figures_of(found, method, config, tests) -> tuple[list, list]:
     apply = jax.jit(lambda p, b: method.predict['embed'](p, {}, b))
     embedded.update({k: _batched(lambda b, k=k: apply(found.params, {k: b[:, None]})[k][:, 0], x)
                      for k, x in views.items()})
-    return [embedding_map(embedded, tests.labels, config.seed)]
+    return [embedding_map(embedded, tests.labels)]
 
   def near():
     space = embedded
@@ -84,7 +84,7 @@ def plane(x, view: str = 'pa') -> np.ndarray:
 
 # ---- embeddings
 
-def embedding_map(embedded: dict, labels: dict, seed: int) -> Map:
+def embedding_map(embedded: dict, labels: dict) -> Map:
   """The two first principal components of all embeddings together, each kind centred by its own mean.
 
   Args:
@@ -206,7 +206,7 @@ def components(maps) -> np.ndarray:
   """[N, *S, C] -> [N, *S, 3] uint8: the three first principal components over all places, 2 to 98 % of each."""
   x = maps.reshape(-1, maps.shape[-1]).astype(np.float64)
   x = x - x.mean(0)
-  values, axes = np.linalg.eigh(x.T @ x)
+  _, axes = np.linalg.eigh(x.T @ x)
   y = x @ axes[:, ::-1][:, :3]
   y = y * np.where(np.abs(y.max(0)) < np.abs(y.min(0)), -1, 1)      # a sign that does not hang on the solver
   low, high = np.percentile(y, (2, 98), axis=0)
