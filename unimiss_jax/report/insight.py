@@ -48,7 +48,8 @@ def figures_of(found, method, config, tests) -> tuple[list, list]:
     apply = jax.jit(lambda p, b: method.predict['embed'](p, {}, b))
     embedded.update({k: _batched(lambda b, k=k: apply(found.params, {k: b[:, None]})[k][:, 0], x)
                      for k, x in views.items()})
-    return [embedding_map(embedded, tests.labels)]
+    widths = dict.fromkeys(e.shape[1] for e in embedded.values())      # volumes may have a space of their own
+    return [embedding_map({k: e for k, e in embedded.items() if e.shape[1] == w}, tests.labels) for w in widths]
 
   def near():
     space = embedded
@@ -115,7 +116,7 @@ def neighbours(space: dict, views: dict, paired: bool, view: str) -> list[Pictur
   """
   out = []
   for query, gallery, own in (('xray', 'ct', paired), ('drr', 'ct', True), ('ct', 'xray', paired)):
-    if query not in space or gallery not in space:
+    if not {query, gallery} <= space.keys() or space[query].shape[1] != space[gallery].shape[1]:
       continue
     q, g = (unit(space[k], space[k].mean(0)) for k in (query, gallery))
     order = np.argsort(-(q @ g.T), 1)
