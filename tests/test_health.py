@@ -88,6 +88,41 @@ def test_causes_come_before_effects(config):
   assert health.line(1, found, []).endswith('(and: dead features, data starvation)')
 
 
+# Of a run that collapsed (pilot, 2,048 prototypes, rate 4e-3, step 31 to 51 of 200), and of one that did not although
+# its embeddings share much (phantom_long, 4,000 steps, seed 0).
+SIGNS = 'collapse/teacher_entropy', 'collapse/batch_entropy', 'collapse/rankme', 'collapse/feature_std'
+COLLAPSED = [dict(zip(SIGNS, v)) for v in (
+    (.516, .517, 1.29, .0189), (.472, .473, 1.22, .0142), (.249, .249, 1.16, .00994))]
+ALIKE = {'collapse/rankme': 1.38, 'collapse/feature_std': .0215, 'train/nce_loss': .27, 'train/pair_nce_loss': .307}
+
+
+def test_a_run_that_has_nearly_collapsed_is_told(config):
+  """Before its numbers reach 0: the teacher says the same of all samples, and no loss tells them apart."""
+  config = config.copy_and_resolve_references()
+  config.head.out_dim = 2048
+  old = [{k: v for k, v in r.items() if 'nce' not in k} for r in rows()]
+  found = health.findings(old[:-3] + [r | sick for r, sick in zip(old[-3:], COLLAPSED)], config, {'ct': {}})
+  assert names(found) == ['one prototype', 'dead features']
+  assert 'entropy 0.249, of the mean over a batch 0.249' in found[0].evidence
+  young = [r | sick for r, sick in zip(old[:3], COLLAPSED)]
+  assert not health.findings(young, config, {'ct': {}})      # step 40 of 1,000
+
+
+def test_embeddings_that_share_much_are_healthy_where_a_loss_tells_them_apart(config):
+  assert not health.findings(rows(sick=ALIKE), config, CHANCE)
+  blind = ALIKE | {k: .95 * v for k, v in CHANCE['ct'].items()}
+  assert not health.findings(rows(sick=blind), config, CHANCE)      # the teacher tells them apart
+  found = health.findings(rows(sick=blind | {'collapse/batch_entropy': 3.1}), config, CHANCE)
+  assert names(found) == ['dead features']
+
+
+def test_a_disease_of_both_phases_is_named_once(config):
+  sick = rows(sick=DISEASES['pairs do not match'] | {'train/nce_loss': 2.7})
+  found = health.findings([*sick, *(r | {'phase': 'xray'} for r in sick)], config, CHANCE | {'xray': CHANCE['ct']})
+  assert names(found) == ['pairs do not match'] * 4
+  assert '(and' not in health.line(400, found, sick)
+
+
 # ---- provoked
 
 

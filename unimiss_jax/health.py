@@ -3,6 +3,11 @@
 Thresholds are chosen by us on runs of the phantom presets, healthy ones and provoked diseases (tests/test_health.py);
 where a level is known (ln K, chance, a still teacher) it comes from the config, never from a constant. Only what lasts
 counts: of the last rows of a phase all must show it, so that one odd batch makes no disease.
+
+Three healthy runs of 4,000 steps, which learn kNN and pairs, come down to RankMe 1.28 and feature std .015: RankMe does
+not centre, so what all embeddings share counts. They tell samples apart all the same, as their InfoNCE shows. A run
+that collapsed (pilot, 2,048 prototypes, rate 4e-3) comes to 1.13 and .008, and its teacher says the same of all
+samples: its entropy and that of the mean over the batch differ by less than .01 nats.
 """
 from __future__ import annotations
 
@@ -14,11 +19,17 @@ KEPT = 400          # rows that are looked at, of all phases
 EARLY = .1          # share of the run in which losses may still stand at chance
 NEAR_UNIFORM = .02  # of ln K
 ONE = .05           # of ln K: entropy of the mean over a batch
-DEAD_STD, DEAD_RANK = 1e-3, 1.02
+SAME = .02          # nats that the teacher's answer tells about which sample it was,
+SHARP = .25         # of ln K: where its entropy is below; a young teacher near uniform may not tell anything yet
+DEAD_STD, DEAD_RANK = 5e-3, 1.1
+NARROW_RANK = 1.5   # dead as well, where the losses do not tell samples apart
+APART = .9          # of chance: a contrastive loss below it does
+TELLS = .2          # nats that the teacher's answer tells about the sample: so does this
 STILL = 1e-7        # norm of an update
 SPIKE = 20.         # times the median gradient norm before
 STARVED = .2        # share of the time spent waiting for data
 FLAT = .5           # share of views that show nothing
+CONTRASTIVE = 'train/nce_loss', 'train/pair_nce_loss'
 
 
 class Finding(NamedTuple):
@@ -37,14 +48,15 @@ def findings(rows: list[dict], config, chance: dict[str, dict[str, float]]) -> l
     chance: {phase: {metric: value for a network that tells nothing apart}}.
   """
   of = {p: [r for r in rows if r.get('phase') == p] for p in chance}
-  return [f for check in CHECKS for phase, mine in of.items() if len(mine) >= LAST
+  return [f for check, _ in CHECKS.values() for phase, mine in of.items() if len(mine) >= LAST
           for f in check(phase, mine, config, chance[phase])]
 
 
 def line(step: int, found: list[Finding], rows: list[dict]) -> str:
   """'HEALTH step 400: ...', one line for a log."""
   if found:
-    more = f' (and: {", ".join(f.disease for f in found[1:])})' if len(found) > 1 else ''
+    others = list(dict.fromkeys(f.disease for f in found if f.disease != found[0].disease))      # phases repeat it
+    more = f' (and: {", ".join(others)})' if others else ''
     return f'HEALTH step {step}: {found[0].disease}: {found[0].evidence}. FIX: {found[0].remedy}{more}'
   last = {k: v for r in rows for k, v in r.items()}
   shown = [f'{name} {last[key]:.3g}' for name, key in (
@@ -96,16 +108,24 @@ def uniform_teacher(phase, rows, config, chance):
 
 
 def one_prototype(phase, rows, config, chance):
-  entropy = _last(rows, 'collapse/batch_entropy')
-  if entropy and max(entropy) < ONE * math.log(config.head.out_dim):
-    yield Finding('one prototype', f'{phase}: entropy of the mean over a batch {entropy[-1]:.3f}: all samples choose '
-                  'the same', 'raise loss.teacher_temp, lower loss.center_momentum; lower optim.lr')
+  levels, told = math.log(config.head.out_dim), _told(rows)
+  entropy, teacher = _last(rows, 'collapse/batch_entropy'), _last(rows, 'collapse/teacher_entropy')
+  if entropy and max(entropy) < ONE * levels:
+    evidence = f'entropy of the mean over a batch {entropy[-1]:.3f}: all samples choose the same'
+  elif told and max(told) < SAME and max(entropy) < SHARP * levels and _late(config, rows):
+    evidence = (f'the teacher says the same of all samples: entropy {teacher[-1]:.3f}, of the mean over a batch '
+                f'{entropy[-1]:.3f}')
+  else:
+    return
+  yield Finding('one prototype', f'{phase}: {evidence}',
+                'raise loss.teacher_temp, lower loss.center_momentum; lower optim.lr or head.out_dim')
 
 
 def dead_features(phase, rows, config, chance):
   std, rank = _last(rows, 'collapse/feature_std'), _last(rows, 'collapse/rankme')
-  if std and max(std) < DEAD_STD or rank and max(rank) < DEAD_RANK:
-    yield Finding('dead features', f'{phase}: embeddings do not differ between samples (std '
+  dead = std and max(std) < DEAD_STD or rank and max(rank) < DEAD_RANK
+  if dead or rank and max(rank) < NARROW_RANK and _late(config, rows) and _alike(rows, chance):
+    yield Finding('dead features', f'{phase}: embeddings {"do not" if dead else "hardly"} differ between samples (std '
                   f'{std[-1] if std else float("nan"):.1g}, effective rank {rank[-1] if rank else float("nan"):.2f})',
                   'lower optim.lr; model.init=fan_in, model.final_norm=True, head.batch_standardize=True')
 
@@ -121,9 +141,9 @@ def exploding(phase, rows, config, chance):
 
 def at_chance(phase, rows, config, chance):
   """Pairs that are none: long after the start the network cannot tell them apart."""
-  if rows[-1]['step'] < EARLY * _steps(config, rows):
+  if not _late(config, rows):
     return
-  for key in ('train/nce_loss', 'train/pair_nce_loss'):
+  for key in CONTRASTIVE:
     values = _last(rows, key)
     if values and key in chance and min(values) >= .98 * chance[key]:
       what = 'a CT and its DRR' if 'pair' in key else 'two views of one sample'
@@ -139,8 +159,30 @@ def starved(phase, rows, config, chance):
                   'raise data.workers, prepare the data, data.views_per_read, or data.place=device')
 
 
-CHECKS = (not_finite, flat_input, still_student, still_teacher, one_prototype, uniform_teacher, dead_features,
-          exploding, at_chance, starved)      # the cause before its effects
+CHECKS = {      # disease: check, what it reads; the cause before its effects
+    'not finite': (not_finite, 'train/skipped'), 'empty views': (flat_input, 'data/flat_views'),
+    'frozen student': (still_student, 'train/update_norm_rest'), 'frozen teacher': (still_teacher, 'train/momentum'),
+    'one prototype': (one_prototype, 'collapse/batch_entropy'),
+    'uniform teacher': (uniform_teacher, 'collapse/teacher_entropy'),
+    'dead features': (dead_features, 'collapse/rankme'), 'exploding gradient': (exploding, 'train/grad_norm'),
+    'pairs do not match': (at_chance, CONTRASTIVE[0]), 'data starvation': (starved, 'data/wait_frac')}
+
+
+def _told(rows) -> list[float]:
+  """What the teacher's answer tells about which sample it was, in nats, in the last rows; [] where it is not known."""
+  return [b - t for b, t in zip(_last(rows, 'collapse/batch_entropy'), _last(rows, 'collapse/teacher_entropy'))]
+
+
+def _alike(rows, chance) -> bool:
+  """Whether all that the last rows say of it is that samples look alike; False where they say nothing."""
+  contrast = [r[key] < APART * chance[key] for r in rows[-LAST:] for key in CONTRASTIVE
+              if key in chance and r.get(key) is not None]
+  said = contrast + [nats > TELLS for nats in _told(rows)]
+  return bool(said) and not any(said)
+
+
+def _late(config, rows) -> bool:
+  return rows[-1]['step'] >= EARLY * _steps(config, rows)
 
 
 def _steps(config, rows) -> int:

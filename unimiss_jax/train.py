@@ -37,6 +37,7 @@ from unimiss_jax.mirror import Mirror
 from unimiss_jax.observer import Observer
 from unimiss_jax.progress import Cost, Progress, Stopwatch, clock, idle, logged_steps
 from unimiss_jax.report import summary
+from unimiss_jax.report.live import Live
 from unimiss_jax.state import own, parameters
 from unimiss_jax.watchdog import Watchdog
 from unimiss_jax.writers import EVAL, Writer
@@ -207,6 +208,7 @@ class Run:
     over = lambda at: bool(self.best) and self.best.exhausted(at)
     if self.main:
       self.writer = Writer(self.mirror.local, start, config.log.tensorboard)
+    self.live = Live(self.mirror.local if self.main else None, {n: p.chance for n, p in self.method.phases.items()})
     self.describe()
     self.observer = Observer(config, self.method, self.mesh, evalset.build(config) if config.eval.tasks else None,
                              evalset.preview(config, self.streams))
@@ -269,6 +271,7 @@ class Run:
       watchdog.alive()
       if last:
         break
+      self.live.refresh()
       self.settled = time.monotonic()
     self.checkpoints.wait()
     if self.best:
@@ -397,6 +400,8 @@ class Run:
     """Ends threads. With wait, what was being saved is saved, whatever else went wrong; without other processes that
     take part it cannot be."""
     with contextlib.ExitStack() as stack:
+      if self.writer:
+        stack.callback(self.live.finish)
       for checkpoints in (self.checkpoints, self.best and self.best.checkpoints):
         if checkpoints and wait:
           stack.callback(self.end, checkpoints)

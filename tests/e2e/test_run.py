@@ -32,7 +32,8 @@ def test_a_run_leaves_what_it_should(undisturbed):
   names = {p.name for p in undisturbed.iterdir()}
   assert {'config.json', 'env.json', 'metrics.jsonl', 'checkpoints', 'report', 'logs', 'DONE'} <= names
   assert any(n.startswith('events.') for n in names)
-  assert sorted(p.name for p in (undisturbed / 'report').iterdir()) == ['ct_0000008.png', 'xray_0000008.png']
+  assert sorted(p.name for p in (undisturbed / 'report').iterdir()) == [
+      'ct_0000008.png', 'index.html', 'xray_0000008.png']
   rows = tiny.metrics(undisturbed)
   ct, xray = rows[0, 'ct'], rows[1, 'xray']
   for name in ('train/loss', 'train/dino_loss', 'train/drr_loss', 'train/slice_loss', 'train/recon_ct_loss',

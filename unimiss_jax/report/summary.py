@@ -33,12 +33,17 @@ def table(metrics: list[dict], chance: dict[str, dict[str, float]], tests: int =
   evals = [r for r in metrics if r.get('phase') == 'eval']
   if evals:
     first, last = evals[0], evals[-1]
-    known = dict.fromkeys(KNN, 0.5) | dict.fromkeys(RECALL, min(1., 10 / tests) if tests else None) | TASK | STUDIES
+    known = known_chance(tests)
     for name in (n for n in known if n in first and n in last):
       level = known[name]
       raw = first.get(name.replace('eval/', 'eval/raw_', 1))
       out.append(line(name[5:], first[name], last[name], level) + (f'   raw pixels {raw:.3f}' if raw else ''))
   return out
+
+
+def known_chance(tests: int) -> dict:
+  """{score that a summary tells: what chance gives, None = not known}; tests: size of the retrieval gallery."""
+  return dict.fromkeys(KNN, 0.5) | dict.fromkeys(RECALL, min(1., 10 / tests) if tests else None) | TASK | STUDIES
 
 
 def tested(found: dict) -> list[str]:
@@ -64,3 +69,4 @@ def show(folder, method, tests: int = 0) -> None:
     print('\n'.join(tested(json.loads(test.read_text()))))
   pictures = sorted(p for place in ('report', 'eval') for p in (epath.Path(folder) / place).glob('*.png'))
   print('pictures: ' + ', '.join(str(p) for p in pictures))
+  print(f'report: {epath.Path(folder) / "report" / "index.html"}')
