@@ -286,7 +286,7 @@ def text_tower(config) -> tuple[dict, dict]:
     ValueError: what the folder of weights lacks, or a text that is longer than its positions.
   """
   t, weights = config.unimedi.text, {}
-  words = len(epath.Path(t.vocab).read_text().splitlines()) if t.vocab else 0
+  words = vocabulary_size(t)
   if t.init_from:
     try:
       fields, tree = bert.read(t.init_from, t.num_layers)
@@ -294,8 +294,7 @@ def text_tower(config) -> tuple[dict, dict]:
       raise ValueError(f'unimedi.text.init_from: {e}') from e
     weights = {f'text/{name}': x for name, x in named_leaves(tree).items()}
   else:
-    fields = dict(vocab_size=t.vocab_size or words, hidden_size=t.width, num_hidden_layers=t.num_layers,
-                  num_attention_heads=t.heads, intermediate_size=t.mlp, max_position_embeddings=t.positions)
+    fields = text_fields(t)
   if not fields['vocab_size'] or words not in (0, fields['vocab_size']):
     raise ValueError(f'unimedi.text.vocab={t.vocab!r} has {words} word pieces, the table of words has '
                      f'{fields["vocab_size"]} rows: they must be the same number; vocab_size=0 takes that of the file')
@@ -303,3 +302,20 @@ def text_tower(config) -> tuple[dict, dict]:
     raise ValueError(f'unimedi.text.length={t.length}: the network has {fields["max_position_embeddings"]} positions; '
                      'set it to at most that')
   return fields, weights
+
+
+def text_fields(text) -> dict:
+  """Fields of the BERT that unimedi.text describes, or of the one in its folder. Raises PortingError."""
+  if text.init_from:
+    return bert.fields_of(text.init_from, text.num_layers)
+  return dict(vocab_size=text.vocab_size or vocabulary_size(text), hidden_size=text.width,
+              num_hidden_layers=text.num_layers, num_attention_heads=text.heads, intermediate_size=text.mlp,
+              max_position_embeddings=text.positions)
+
+
+def vocabulary_size(text) -> int:
+  """Lines of unimedi.text.vocab, 0 where none is named. Raises ValueError for a file that is not there."""
+  try:
+    return len(epath.Path(text.vocab).read_text(encoding='utf-8').splitlines()) if text.vocab else 0
+  except (OSError, UnicodeDecodeError) as e:
+    raise ValueError(f'unimedi.text.vocab={text.vocab!r} cannot be read ({type(e).__name__}): name a vocab.txt') from e
