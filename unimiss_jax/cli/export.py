@@ -88,6 +88,9 @@ def export(source, out, *, branch='', parts=PARTS, formats=FORMATS[:1], dtype='f
   if not found.arch:
     raise PortingError(f'{found.source}: the config.json of its run is not there, so heads and sizes are unknown. FIX: '
                        'put the file back, or name the folder of the run')
+  if not found.recorded and architectures.twin(found.arch).file == 'torch_vit':
+    raise PortingError(f'{found.source}: does not record its heads, and parity cannot tell them. FIX: give '
+                       '--arch=\'{"num_heads": [12]}\'')
   convert.check({k: v for k, v in convert.from_tensors(tensors).items() if v}, found.arch, found.dimensions)
   model = describe(found, tensors, written)
   arguments.tell_assumed(found, model['arch'])
@@ -95,7 +98,7 @@ def export(source, out, *, branch='', parts=PARTS, formats=FORMATS[:1], dtype='f
                ', '.join(written))
   about = found.about
   if 'config' in found.about:
-    about = {'preprocessing': card.contract(about['config']), 'training': card.training(found)}
+    about = {'preprocessing': towers.contract(about['config']), 'training': card.training(found)}
   twin = architectures.twin(found.arch)
   config = {'model_type': twin.model_type, 'architecture': twin.architecture, 'architectures': [twin.network],
             'torch': model, 'recorded': found.recorded, 'branch': found.branch, 'dtype': dtype,

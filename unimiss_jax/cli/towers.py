@@ -96,6 +96,33 @@ def _of_export(file) -> Towers | None:
                 about)
 
 
+def slices_of(found) -> int:
+  """How many slices of a volume enter as images in what UniMedI trained; 0 in all other weights."""
+  run = found.about.get('config', {}).get('unimedi')
+  if run:
+    return run['slices']
+  from unimiss_jax.porting import torch_files
+  return torch_files.about(found.source).get('studies', {}).get('slices', 0)
+
+
+def contract(config: dict) -> dict:
+  """`card.contract`; UniMedI trains on whole scans."""
+  from unimiss_jax.report import card
+  made = card.contract(config)
+  if 'unimedi' in config and 'volume' in made:
+    view = made['volume']['view'] | {'record': 'scan'}
+    made['volume'] |= {'view': view, 'crop': made['volume']['crop'].replace(' of the tile ', ' of the scan ')}
+  return made
+
+
+def views(found) -> tuple[dict, bool]:
+  """`card.views` of `weights.Weights`, by this contract."""
+  from unimiss_jax.report import card
+  if 'config' in found.about:
+    found = found._replace(about={'preprocessing': contract(found.about['config'])})
+  return card.views(found)
+
+
 def write(folder, towers: Towers) -> None:
   """Writes FILES."""
   from unimiss_jax.models.bert import Bert
@@ -120,9 +147,8 @@ def compare(towers: Towers, tensors: dict, model: dict) -> dict:
   import jax
   import torch
 
-  from unimiss_jax.models import slices as planes_of
   from unimiss_jax.models.bert import Bert
-  from unimiss_jax.models.vit import class_rows
+  from unimiss_jax.models.vit import with_slices
   from unimiss_jax.porting import arch, bert, parity, torch_bert, torch_names
   wide = lambda tree: jax.tree.map(lambda a: np.asarray(a, np.float32), tree)
   project = wide(towers.projections)
@@ -150,20 +176,15 @@ def compare(towers: Towers, tensors: dict, model: dict) -> dict:
   x = parity.images(size, module.in_channels[1])
   wide_tensors = {n: np.asarray(a, np.float32) for n, a in tensors.items()}
   params = torch_names.from_torch_tree(wide_tensors)['backbone']
-  volume, planes = np.moveaxis(x, 1, -1), size[0] // module.patch_depth
+  volume = np.moveaxis(x, 1, -1)
   with jax.default_matmul_precision('highest'):
-    rows = jax.jit(lambda p, v: class_rows(module, p, volume=v)[1])(params, volume)
-    scores = planes_of.scores(rows, planes)[1]
-    chosen = planes_of.middles(planes_of.select(scores, k), module.patch_depth)
-    mine = jax.jit(lambda p, v, c: module.apply({'params': p}, volume=v, slices=c, method='encode'))(
-        params, volume, chosen)
+    mine = jax.jit(lambda p, v: with_slices(module, p, v, k))(params, volume)
   twin = arch.torch_network(model).eval()
   twin.load_state_dict({n: torch.tensor(a) for n, a in wide_tensors.items()})
   with torch.no_grad():
     picked = twin.backbone.choose(torch.tensor(x), k)
     cls, patches = twin.backbone.encode(volume=torch.tensor(x), slices=picked)
   return out | {'x'.join(map(str, size)) + f' with {k} slices': {
-      'slices': parity.difference(np.asarray(chosen, np.float32), picked.numpy().astype(np.float32)),
       'embedding': parity.difference(np.asarray(mine.cls), cls.numpy()),
       'patches': parity.difference(np.asarray(mine.patches), patches.numpy()),
       'projected': parity.difference(np.asarray(mine.cls) @ project['vision_proj'],

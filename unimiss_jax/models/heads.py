@@ -10,7 +10,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from unimiss_jax.models.layers import gelu, layer_norm, wide
+from unimiss_jax.models.layers import ConvBlock, gelu, layer_norm, wide
 
 LINEAR_INITS = {'released': nn.initializers.normal(0.02),
                 'fan_in': nn.initializers.variance_scaling(1.0, 'fan_in', 'normal')}
@@ -116,6 +116,45 @@ class Segmenter(nn.Module):
   def __call__(self, maps):
     return [nn.Dense(self.outputs, kernel_init=LINEAR_INITS['fan_in'], param_dtype=wide(self.dtype),
                      name=f'level_{i}')(widened(x)) for i, x in enumerate(maps[::-1][:self.levels])]
+
+
+class GrowingSegmenter(nn.Module):
+  """The map of a ViT -> logits as `Segmenter` gives them: convolution, norm, ReLU and doubling, step by step, until a
+  patch is as many pixels as it shows (SETR-PUP, Zheng et al. 2021).
+
+  Attributes:
+    steps: of `doublings`.
+    outputs, levels, dtype: as of `Segmenter`.
+    widest: channels of the first step; each has half of those of the one before.
+  """
+  steps: tuple
+  outputs: int
+  levels: int = 1
+  dtype: Any = jnp.float32
+  widest: int = 256
+
+  @nn.compact
+  def __call__(self, maps):
+    x, grown = maps[-1], []
+    for i, step in enumerate(self.steps):
+      x = ConvBlock(max(self.widest >> i, 16), (1,) * len(step), dtype=self.dtype, name=f'grow_{i}')(x)
+      for axis, factor in enumerate(step, 1):
+        x = jnp.repeat(x, factor, axis)
+      grown.append(x)
+    return Segmenter(self.outputs, self.levels, self.dtype, name='out')(grown)
+
+
+def doublings(kernel) -> tuple:
+  """Pixels of a patch -> by how much each axis grows in each step, 1 or 2; the longest first, all together at the end.
+
+  Raises:
+    ValueError: an axis that is no power of two.
+  """
+  if any(k & (k - 1) for k in kernel) or max(kernel) < 2:
+    raise ValueError(f'model.patch, model.patch_depth: patches of {tuple(kernel)} pixels cannot be doubled up to, use '
+                     'powers of two')
+  most = max(kernel).bit_length() - 1
+  return tuple(tuple(2 if k.bit_length() - 1 >= most - i else 1 for k in kernel) for i in range(most))
 
 
 def widened(x):

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from unimiss_jax.models import conv, layers
+from unimiss_jax.models import conv, layers, slices
 from unimiss_jax.models.mit import MiTOutput
 
 BLOCK_STATIC = 2, 3      # grid and train, behind self and x
@@ -208,3 +208,11 @@ def class_rows(model: ViT, params, **inputs) -> tuple[Encoded, jax.Array]:
   out, kept = model.apply({'params': params}, **inputs, method='encode', mutable=['intermediates'])
   rows = kept['intermediates']['transformer']
   return out, jnp.stack([rows[f'block1_{i}']['attn']['class_row'][0] for i in range(model.depths[0])], 1)
+
+
+def with_slices(model: ViT, params, volume, k: int) -> Encoded:
+  """Volumes [B, D, H, W, 1] together with the middle slices of the k planes that their class tokens look at most."""
+  planes = volume.shape[1] // model.patch_depth
+  chosen = slices.select(slices.scores(class_rows(model, params, volume=volume)[1], planes)[1], k)
+  return model.apply({'params': params}, volume=volume, slices=slices.middles(chosen, model.patch_depth),
+                     method='encode')
