@@ -10,10 +10,11 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from unimiss_jax.models.layers import ConvBlock, gelu, layer_norm, wide
+from unimiss_jax.models.layers import InstanceNorm, gelu, layer_norm, wide
 
 LINEAR_INITS = {'released': nn.initializers.normal(0.02),
                 'fan_in': nn.initializers.variance_scaling(1.0, 'fan_in', 'normal')}
+KEEPING = nn.initializers.variance_scaling(2.0, 'fan_in', 'normal')      # He et al. 2015, for what a ReLU follows
 
 
 class DINOHead(nn.Module):
@@ -137,7 +138,9 @@ class GrowingSegmenter(nn.Module):
   def __call__(self, maps):
     x, grown = maps[-1], []
     for i, step in enumerate(self.steps):
-      x = ConvBlock(max(self.widest >> i, 16), (1,) * len(step), dtype=self.dtype, name=f'grow_{i}')(x)
+      x = nn.Conv(max(self.widest >> i, 16), (3,) * len(step), use_bias=False, kernel_init=KEEPING, dtype=self.dtype,
+                  param_dtype=wide(self.dtype), name=f'grow_{i}')(x)
+      x = nn.relu(InstanceNorm(dtype=self.dtype, name=f'norm_{i}')(x))
       for axis, factor in enumerate(step, 1):
         x = jnp.repeat(x, factor, axis)
       grown.append(x)
