@@ -11,10 +11,14 @@ import pytest
 from flax.traverse_util import flatten_dict
 
 from data_pipelines.phantom import studies as world
+from tests.e2e import tiny
 from tests.methods.test_unimedi import Built
-from unimiss_jax import checkpoint, models, weights
+from unimiss_jax import checkpoint, init_from, models, weights
+from unimiss_jax.checkpoint import CheckpointError
 from unimiss_jax.cli import export, towers
+from unimiss_jax.methods import base
 from unimiss_jax.models.bert import Bert
+from unimiss_jax.optim import named_leaves
 from unimiss_jax.porting import PortingError, convert, parity, torch_files
 
 torch = pytest.importorskip('torch')
@@ -126,3 +130,23 @@ def test_weights_of_another_architecture_are_named(out, run, tmp_path):
   shutil.copytree(run / 'checkpoints', tmp_path / 'run' / 'checkpoints')
   with pytest.raises(PortingError, match='config.json of its run is not there, so the text tower is unknown'):
     export.export(tmp_path / 'run', tmp_path / 'x')
+
+
+@pytest.mark.slow
+def test_a_run_of_another_architecture_starts_from_none_of_it(out, run, built):
+  """A ViT for MiT+, and a wider one for this ViT; the same one is taken, text and projections by their own leaf."""
+  for config, what in ((tiny.config(), 'holds a ViT, and this run has model.name=mit_plus'),
+                       (tiny.changed(built.config.copy_and_resolve_references(), {'model.embed_dims': (16,)}),
+                        'another shape: backbone/transformer/')):
+    config = tiny.changed(config.unlock(), {'init_from': str(out)})
+    params = jax.eval_shape(base.make(config, {s: (80, {}) for s in ('ct', 'xray')}).init, jax.random.key(0))[0]
+    with pytest.raises(CheckpointError, match=what):
+      init_from.read(config, params)
+  config = tiny.changed(built.config.copy_and_resolve_references().unlock(), {
+      'init_from': str(out), 'unimedi.text.init_from': str(out / 'text'), 'unimedi.text.vocab_size': 0})
+  method = base.make(config, {s: (80, {}) for s in ('ct', 'xray')})
+  params = jax.eval_shape(method.init, jax.random.key(0))[0]
+  found = init_from.read(config, params)
+  assert 'backbone/transformer/plane_table' in found and not [n for n in found if n.startswith('text')]
+  assert {n for n in method.given() if n.startswith('text/')} == {
+      n for n in named_leaves(params) if n.startswith('text/')}

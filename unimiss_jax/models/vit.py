@@ -87,7 +87,8 @@ class Encoder(Fields):
   """Arguments and result: `ViT.encode`."""
 
   @nn.compact
-  def __call__(self, image=None, volume=None, slices=None, hidden=None, train=False, row_keys=None) -> Encoded:
+  def __call__(self, image=None, volume=None, slices=None, hidden=None, train=False, row_keys=None,
+               kept=None) -> Encoded:
     (width,), (depth,) = self.embed_dims, self.depths
     table = lambda name, *shape: self.param(name, layers.zeros, (1, *shape, width), layers.wide(self.dtype))
     native = self.grid((self.image_size,) * 2)
@@ -119,6 +120,8 @@ class Encoder(Fields):
     if hidden is not None:
       x = jnp.where(hidden[..., None], mask_token, x)
     x += jnp.concatenate([jnp.broadcast_to(p, (len(x), *p.shape[1:])) for p in places], 1).astype(self.dtype)
+    if kept is not None:
+      x = jnp.take_along_axis(x, kept[..., None], 1)
     cls = jnp.broadcast_to(table('class_token', 1).astype(self.dtype), (len(x), 1, width))
     x = jnp.concatenate([cls, x], 1)
     block = nn.remat(layers.Block, static_argnums=BLOCK_STATIC) if self.remat else layers.Block
@@ -160,7 +163,8 @@ class ViT(Fields):
     out = self.encode(**{'image' if x.ndim == 4 else 'volume': x}, train=train, row_keys=row_keys)
     return MiTOutput(out.cls, (out.patches.reshape(len(x), *self.grid(x.shape[1:-1]), -1),), None)
 
-  def encode(self, image=None, volume=None, slices=None, hidden=None, train=False, row_keys=None) -> Encoded:
+  def encode(self, image=None, volume=None, slices=None, hidden=None, train=False, row_keys=None,
+             kept=None) -> Encoded:
     """One sequence: class token, tokens of a volume, tokens of an image or of slices of the volume.
 
     Every block leaves what the class token looks at, [B, heads, 1 + P], as 'class_row' in the collection
@@ -172,11 +176,12 @@ class ViT(Fields):
       slices: [B, k] integers, which slices of the volume enter as images do, too.
       hidden: [B, P] bool, tokens that are replaced by the mask token; their positions stay.
       train, row_keys: of drop-path.
+      kept: [B, K] integers, the tokens that enter the sequence, with their positions; None = all.
     """
     for x in (image, volume):
       if x is not None:
         self.check(x.shape[1:-1], x.shape[-1])
-    return self.transformer(image, volume, slices, hidden, train, row_keys)
+    return self.transformer(image, volume, slices, hidden, train, row_keys, kept)
 
   def embedding_dim(self) -> int:
     return self.embed_dims[-1]
