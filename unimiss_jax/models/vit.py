@@ -101,7 +101,7 @@ class Encoder(Fields):
       deep = layers.resize_positions(table('depth_table3D', self.grid(self.volume_size)[0]),
                                      self.grid(self.volume_size)[:1], (planes,), False)
       place = of_plane(grid)[:, None] + deep[:, :, None] + modality[:, 1:, None]
-      contents.append(x.reshape(len(x), -1, width))
+      contents.append(x.reshape(x.shape[0], -1, width))
       places.append(place.reshape(1, -1, width))
     if image is not None:
       image = 2 * image - 1                                  # as volumes: air is about -1
@@ -113,16 +113,16 @@ class Encoder(Fields):
       place = of_plane(x.shape[1:-1]) + modality[:, :1]
       if slices is not None:                                 # at the depth of their planes
         place = (place[:, None] + deep[0][slices // self.patch_depth][:, :, None]).reshape(len(slices), -1, width)
-      contents.append(x.reshape(len(place) if slices is not None else len(x), -1, width))
+      contents.append(x.reshape(len(place) if slices is not None else x.shape[0], -1, width))
       places.append(place)
     x = jnp.concatenate(contents, 1)
     mask_token = table('mask_token', 1).astype(self.dtype)   # declared without a mask, too
     if hidden is not None:
       x = jnp.where(hidden[..., None], mask_token, x)
-    x += jnp.concatenate([jnp.broadcast_to(p, (len(x), *p.shape[1:])) for p in places], 1).astype(self.dtype)
+    x += jnp.concatenate([jnp.broadcast_to(p, (x.shape[0], *p.shape[1:])) for p in places], 1).astype(self.dtype)
     if kept is not None:
       x = jnp.take_along_axis(x, kept[..., None], 1)
-    cls = jnp.broadcast_to(table('class_token', 1).astype(self.dtype), (len(x), 1, width))
+    cls = jnp.broadcast_to(table('class_token', 1).astype(self.dtype), (x.shape[0], 1, width))
     x = jnp.concatenate([cls, x], 1)
     block = nn.remat(layers.Block, static_argnums=BLOCK_STATIC) if self.remat else layers.Block
     for i, rate in enumerate(np.linspace(0, self.encoder_drop_path, depth)):
@@ -161,7 +161,7 @@ class ViT(Fields):
   def __call__(self, x, train=False, decode=True, row_keys=None) -> MiTOutput:
     """The contract of a backbone; there is nothing to decode."""
     out = self.encode(**{'image' if x.ndim == 4 else 'volume': x}, train=train, row_keys=row_keys)
-    return MiTOutput(out.cls, (out.patches.reshape(len(x), *self.grid(x.shape[1:-1]), -1),), None)
+    return MiTOutput(out.cls, (out.patches.reshape(x.shape[0], *self.grid(x.shape[1:-1]), -1),), None)
 
   def encode(self, image=None, volume=None, slices=None, hidden=None, train=False, row_keys=None,
              kept=None) -> Encoded:
