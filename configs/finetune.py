@@ -13,6 +13,8 @@ presets
   ricord chestxr jsrt bcv      protocols of the released UniMiSS+ code, as far as they are known; data and splits are
                                yours to bring. `:jsrt,quirks=1` keeps what its code does unlike its paper
 `:cls3d,model=mit_small` (or mit_tiny) classifies with the encoder of the pilot UniMiSS, which cannot segment.
+`:cls3d,model=vit_b16` (or vit_tiny) takes the ViT of UniMedI; segmentation then grows its patches to full size by
+convolutions of its own.
 """
 from ml_collections import ConfigDict
 
@@ -35,7 +37,9 @@ def get_config(arg: str | None = None) -> ConfigDict:
   elif preset in PROTOCOLS:
     {'ricord': ricord, 'chestxr': chestxr, 'jsrt': jsrt, 'bcv': bcv}[preset](c, bool(given['quirks']))
     c.optim.decay_exclude = ''      # everything decays
-  if given['model'] != 'mit_plus':
+  if given['model'].startswith('vit'):
+    vit(c, given['model'])
+  elif given['model'] != 'mit_plus':
     c.model = unimiss.network(given['model'])
   return c.lock()
 
@@ -120,6 +124,20 @@ def phantom(c: ConfigDict) -> None:
     c.batch.update(dict(ct=2, xray=4))
     c.optim.update(dict(lr=3e-2 if c.phases.ct else 1e-2, warmup_epochs=0.5))
     c.task.phantoms = (100, 16, 48)
+
+
+def vit(c: ConfigDict, name: str) -> None:
+  """The encoder of UniMedI, at the sizes of its pre-training; for phantoms a small one."""
+  small, size = c.preset in PHANTOM, tuple(c.views.ct.size)
+  c.model = common.vit(name)
+  if small:
+    plane = size[1] if c.phases.ct else c.views.xray.size
+    c.model.update(dict(embed_dims=(48,), num_heads=(4,), depths=(3,), patch=8, patch_depth=2, image_size=plane,
+                        volume_size=(size[0], plane, plane), init='fan_in'))
+  elif c.preset in GENERIC:
+    c.views.ct.size = c.model.volume_size
+  if c.phases.ct and not small:
+    c.model.volume_size = c.views.ct.size
 
 
 def ricord(c: ConfigDict, quirks: bool) -> None:

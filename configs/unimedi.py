@@ -46,6 +46,7 @@ def plain() -> ConfigDict:
       temp=0.07,                  # info_nce: where the learned temperature starts
       patch_teacher_temp=0.07, pcl_domain='hidden',      # hidden | all: tokens that pcl looks at
       hidden=0.5,                 # share of tokens that the student does not see, if icl or pcl is on
+      hidden_mode='replace',      # replace: by a learned token | drop: left out, pcl then looks at those that stay
       guided=False,               # hide the tokens that the teacher looks at least, instead of random ones
       slices=2,                   # of a volume, that are seen as pictures as well
       select='teacher',           # teacher: where its class token looks | random | spread: at equal distances

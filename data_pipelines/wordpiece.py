@@ -3,7 +3,9 @@
 The package `tokenizers` does the work where it is installed, else `pieces` below: the same ids. Casing is explicit: a
 cased vocabulary does not say whether its network was trained on lower-cased text, and many were.
 """
+import contextlib
 import functools
+import json
 import os
 import unicodedata
 
@@ -69,7 +71,7 @@ def read(path, length: int, lowercase: bool = True, size: int | None = None) -> 
 
   Raises:
     DataError: UNREADABLE, ZERO_BYTES; VOCABULARY: not a vocabulary, or not of this size; CASING: case is to be kept,
-      and the vocabulary has none.
+      and the vocabulary has none, or a tokenizer_config.json beside it says otherwise than `lowercase`.
   """
   try:
     vocabulary = files.read_bytes(path).decode('utf-8').splitlines()
@@ -84,6 +86,9 @@ def read(path, length: int, lowercase: bool = True, size: int | None = None) -> 
   if not lowercase and not any(_cased(p) for p in vocabulary):
     raise DataError('CASING', path, 'no word piece has an upper-case letter, and text is to keep its case: every '
                     'capital would be unknown', 'set lowercase=True')
+  if (told := _said_of_case(path)) not in (None, lowercase):
+    raise DataError('CASING', path, f'its tokenizer_config.json says do_lower_case={told}, the run '
+                    f'lowercase={lowercase}', f'set lowercase={told}, or take that file away')
   return Tokenizer(vocabulary, length, lowercase)
 
 
@@ -131,6 +136,14 @@ def _split(word: str, known) -> list[str] | None:
 def _is_punctuation(c: str) -> bool:
   """Unicode's, and all of ASCII that is neither letter nor digit nor space."""
   return unicodedata.category(c).startswith('P') or c.isascii() and c.isprintable() and not c.isalnum() and c != ' '
+
+
+def _said_of_case(path) -> bool | None:
+  """`do_lower_case` of the tokenizer_config.json beside a vocabulary, if there is one that says it."""
+  with contextlib.suppress(DataError, ValueError, AttributeError):
+    said = json.loads(files.read_bytes(os.path.join(os.path.dirname(str(path)), 'tokenizer_config.json')))
+    return said.get('do_lower_case')
+  return None
 
 
 def _cased(piece: str) -> bool:

@@ -70,7 +70,7 @@ def test_the_data_path_stays_light():
 
 def test_optional_packages_are_imported_late():
   for path in files('unimiss_jax', 'data_pipelines'):
-    if path.name not in ('torch_mit.py', 'torch_mit_pilot.py', 'torch_resnet.py'):
+    if path.name not in ('torch_mit.py', 'torch_mit_pilot.py', 'torch_resnet.py', 'torch_vit.py', 'torch_bert.py'):
       found = {n.split('.')[0] for n in imports(path, module_level_only=True)} & NEVER_AT_MODULE_LEVEL
       assert not found, f'{path} imports {found} at module level'
 

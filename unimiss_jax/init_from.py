@@ -31,6 +31,10 @@ def read(config, params) -> dict:
     what = f'init_from="{given.source}"'
     arch = architectures.of_config(config.model.to_dict())
     tree = given.params
+    if given.arch and ('patch' in given.arch) != ('patch' in arch):      # a few names and shapes may agree by chance
+      known = architectures.twin(given.arch).architecture
+      raise CheckpointError(f'init_from="{given.source}": holds a {known}, and this run has model.name='
+                            f'{config.model.name}. FIX: use the model leaves of those weights')
     if given.arch and 'backbone' in tree:
       table = positions.resize(tree['backbone'], given.arch, arch, config.pos_resize, given.recorded)
       tree = tree | {'backbone': table}

@@ -38,7 +38,7 @@ class Observer:
     if self.evalset.studies:
       said = self._apply('text', state, self.evalset.studies['reports'])['text']
       looked_at = self._apply('planes', state, {'ct': self.evalset.views['ct']})['ct'][:, 0]
-      values |= retrieval.studies(pairs, said, looked_at, self.evalset.studies)
+      values |= retrieval.studies(pairs, said, looked_at, self.evalset.studies, features)
     values = {k: v for k, v in values.items() if np.isfinite(v)}
     if at == 0:
       values |= online.control(self.evalset, self.config.eval.tasks, self.config.drr.view)

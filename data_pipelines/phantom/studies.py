@@ -58,6 +58,11 @@ def named(label: int) -> tuple[str, str, str]:
   return SHAPES[shape], QUADRANTS[quadrant], list(SIZES)[size]
 
 
+def attributes(label: int) -> list[int]:
+  """Which shape, quadrant and size a class has, 0 or 1 for each of the 4 + 4 + 2."""
+  return [int(name == one) for name, names in zip(named(label), (SHAPES, QUADRANTS, SIZES)) for one in names]
+
+
 def _lesion(label: int) -> np.ndarray:
   """[16, 16] the lesion in the middle of its quadrant."""
   shape, quadrant, size = named(label)

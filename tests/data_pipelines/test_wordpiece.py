@@ -75,3 +75,15 @@ def test_no_network_is_asked(vocabulary):
           'socket.socket.connect = socket.getaddrinfo = refuse\n'
           f'from data_pipelines import wordpiece\nassert wordpiece.read({str(vocabulary)!r}, 8)("clear lungs")[0][1]')
   subprocess.run([sys.executable, '-c', code], check=True)
+
+
+@pytest.mark.parametrize('said, lowercase, ok', [(True, True, True), (True, False, False), (False, True, False)])
+def test_case_must_be_what_the_weights_say_of_it(said, lowercase, ok, tmp_path):
+  (tmp_path / 'vocab.txt').write_text('[PAD]\n[UNK]\n[CLS]\n[SEP]\nLungs\nlungs\n')
+  (tmp_path / 'tokenizer_config.json').write_text(json.dumps({'do_lower_case': said}))
+  if ok:
+    assert wordpiece.read(tmp_path / 'vocab.txt', 8, lowercase).lowercase == lowercase
+    return
+  what = f'CASING .*do_lower_case={said}, the run lowercase={lowercase}.*set lowercase={said}'
+  with pytest.raises(DataError, match=what):
+    wordpiece.read(tmp_path / 'vocab.txt', 8, lowercase)

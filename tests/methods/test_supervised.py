@@ -6,9 +6,9 @@ import pytest
 
 from configs import finetune
 from tests.e2e import tiny
-from unimiss_jax import init_from, models, optim, sharding, step
+from unimiss_jax import init_from, models, optim, sharding, step, validate
 from unimiss_jax.methods import base, supervised
-from unimiss_jax.models.heads import Classifier, Segmenter
+from unimiss_jax.models.heads import Classifier, Segmenter, doublings
 from unimiss_jax.optim import named_leaves
 
 
@@ -55,6 +55,62 @@ def test_rates_fall_from_the_head_to_the_first_step_of_the_encoder():
     mine = {r for n, r in rate.items() if n.startswith(f'backbone/transformer/{name}')}
     assert {round(r, 9) for r in mine} == {round(.8 * .5**depth, 9)}, name
   assert {r for n, r in rate.items() if n.startswith(('task/', 'backbone/Dec'))} == {1.}
+
+
+def test_a_vit_classifies_with_a_rate_for_each_of_its_blocks():
+  for preset, mine, other in (('phantom_cls3d', '3D', '2D'), ('phantom_cls2d', '2D', '3D')):
+    c = tiny.changed(finetune.get_config(f'{preset},model=vit_tiny').unlock(), {'optim.layer_decay': .5})
+    validate.validate(c)
+    stream = 'ct' if c.phases.ct else 'xray'
+    method = base.make(c, {stream: (16, {'label': ((4,), np.float32)})})
+    names = [n.removeprefix('backbone/transformer/') for n in groups(method)['fixed']]
+    assert 'mask_token' in names and all(other in n or n == 'mask_token' for n in names)
+    rate = {n.removeprefix('backbone/transformer/'): method.rate(method.groups(n)) for n in shapes(method)}
+    assert rate[f'patch_embed{mine}/kernel'] == rate['plane_table'] == rate['class_token'] == .5**4
+    assert [rate[f'block1_{i}/attn/q/kernel'] for i in range(3)] == [.5**3, .5**2, .5]
+    assert rate['final_norm/scale'] == .5 and rate['task/linear/kernel'] == 1
+    size = c.views.ct.size if stream == 'ct' else (c.views.xray.size,) * 2
+    x = jax.ShapeDtypeStruct((2, 1, *size, 1 if stream == 'ct' else 3), np.float32)
+    params = jax.eval_shape(method.init, jax.random.key(0))[0]
+    assert jax.eval_shape(method.predict['logits'], params, {}, {stream: x})[stream].shape == (2, 1, 4)
+
+
+@pytest.mark.slow
+def test_a_vit_segments_at_full_size():
+  """Fifteen steps on one volume and one picture: the loss falls, every new tensor learns."""
+  for preset in ('phantom_seg3d', 'phantom_seg2d'):
+    c = tiny.changed(finetune.get_config(f'{preset},model=vit_tiny').unlock(), {
+        'model.embed_dims': (16,), 'model.depths': (1,), 'batch.ct': 1, 'batch.xray': 1, 'views.ct.size': (4, 16, 16),
+        'views.xray.size': 32, 'model.image_size': 16, 'model.volume_size': (4, 16, 16), 'optim.warmup_epochs': 0.,
+        'optim.lr': 1e-2})
+    stream = 'ct' if c.phases.ct else 'xray'
+    size, classes = ((4, 16, 16), 7) if stream == 'ct' else ((32, 32), 3)
+    method = base.make(c, {stream: (16, {'mask': (size if stream == 'ct' else (*size, classes), np.uint8)})})
+    mesh = sharding.make_mesh(1, 1, jax.devices()[:1])
+    tx = optim.adamw(method.groups)
+    state = first = jax.jit(step.make_init(c, method, tx))(jax.random.key(0))
+    run, rng = jax.jit(step.make_step(c, method, tx, stream, mesh)), np.random.default_rng(0)
+    right = np.broadcast_to(np.arange(size[-1]) >= size[-1] // 2 - 3, size)      # bright from there on
+    mask = 3 * right if stream == 'ct' else np.stack([right, ~right, right], -1)
+    x = (right + .1 * rng.standard_normal(size))[None, None, ..., None].astype(np.float32)
+    x = x if stream == 'ct' else np.repeat(x, 3, -1)
+    rows = {'id': np.arange(1), 'rng': np.zeros((1, 2), np.uint32), 'bad': np.zeros(1, bool), stream: x,
+            'mask': mask[None].astype(np.uint8)}
+    losses = []
+    for _ in range(15):
+      state, metrics = run(state, {stream: rows})
+      losses.append(float(metrics['train/loss']))
+    assert losses[-1] < losses[0] / 2 and np.isfinite(losses).all(), losses
+    moved = {n for n, x in named_leaves(state.params).items() if not np.array_equal(x, named_leaves(first.params)[n])}
+    assert {n for n in named_leaves(first.params) if n.startswith('task/')} <= moved
+    out = method.predict['logits'](state.params, {}, {stream: x})[stream]
+    assert out.shape == (1, 1, *size, classes + (stream == 'ct'))
+
+
+def test_a_patch_grows_until_it_is_full():
+  assert doublings((4, 16, 16)) == ((1, 2, 2), (1, 2, 2), (2, 2, 2), (2, 2, 2))
+  with pytest.raises(ValueError, match='use powers of two'):
+    doublings((12, 12))
 
 
 def test_a_rate_scales_the_whole_step():

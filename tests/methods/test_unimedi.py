@@ -12,7 +12,7 @@ from tests.e2e import tiny
 from unimiss_jax import models, optim, sharding, step, validate
 from unimiss_jax.losses import contrastive
 from unimiss_jax.methods import base
-from unimiss_jax.methods.unimedi import frozen, hidden_tokens
+from unimiss_jax.methods.unimedi import frozen, hidden_tokens, visible
 from unimiss_jax.models import slices
 from unimiss_jax.models.bert import Bert
 from unimiss_jax.models.vit import class_rows
@@ -209,6 +209,61 @@ def test_hidden_tokens():
   np.testing.assert_array_equal(hidden_tokens(keys[:1], 4, .5, looks), [[False, True, False, True]])
 
 
+def test_visible_tokens_are_the_others_in_order():
+  hidden = np.asarray(hidden_tokens(jax.random.split(jax.random.key(1), 6), 9, .4))
+  kept = np.asarray(visible(hidden, .4))
+  assert kept.shape == (6, 5)
+  np.testing.assert_array_equal(kept, [np.flatnonzero(~row) for row in hidden])
+
+
+@pytest.mark.slow
+def test_tokens_that_are_left_out_change_nothing(full):
+  """The student sees less, the teacher everything; a token that is dropped has no influence, one that stays has."""
+  built, batch = Built(**ALL, **{'unimedi.hidden_mode': 'drop', 'unimedi.vl': 0.}), rows()
+  state = built.start()
+  value, aux = built.loss(state.params, state.extra, batch, jax.random.key(0), 0)
+  replaced, _ = full.loss(state.params, state.extra, batch, jax.random.key(0), 0)
+  assert np.isfinite(value) and abs(value - replaced) > 1e-3
+  grads = named_leaves(jax.jit(jax.grad(lambda p: built.method.phases['joint'].loss(
+      p, state.extra, batch, jax.random.key(0), 0)[0]))(state.params))
+  assert not np.asarray(grads['backbone/transformer/mask_token']).any()
+  assert built.method.groups('backbone/transformer/mask_token') == 'fixed'
+  model, x = models.build(built.config.model), jnp.asarray(batch['xray']['xray'][:, 0])
+  run = jax.jit(lambda x, kept: model.apply({'params': state.params['backbone']}, image=x, kept=kept, method='encode'))
+  kept = jnp.tile(jnp.array([0, 3]), (N, 1))
+  a, b, c = run(x, kept), run(x.at[:, :8, 8:].add(1.), kept), run(x.at[:, 8:, 8:].add(1.), kept)
+  np.testing.assert_array_equal(a.cls, b.cls)
+  assert a.patches.shape == (N, 2, 8) and np.abs(a.cls - c.cls).max() > 1e-3
+  whole = model.apply({'params': state.params['backbone']}, image=x, method='encode')
+  same = run(x, jnp.tile(jnp.arange(4), (N, 1)))
+  np.testing.assert_allclose(same.patches, whole.patches, rtol=0, atol=1e-6)
+
+
+@pytest.mark.slow
+def test_plain_traces_with_its_real_sizes(tmp_path):
+  """Shapes of a step alone: 96 X-rays and 48 CT, ViT-B/16, BERT-base, all losses."""
+  (tmp_path / 'vocab.txt').write_text('\n'.join(map(str, range(28996))))
+  c = tiny.changed(unimedi.get_config('plain').unlock(), {'unimedi.text.vocab': str(tmp_path / 'vocab.txt')})
+  method = base.make(c, {s: (9600, {}) for s in ('ct', 'xray')})
+  tx = optim.adamw(method.groups)
+  state = jax.eval_shape(step.make_init(c, method, tx), jax.random.key(0))
+  like = jax.ShapeDtypeStruct
+  of = lambda n, name, size: {
+      'id': like((n,), np.int32), 'rng': like((n, 2), np.uint32), 'bad': like((n,), bool),
+      name: like((n, 1, *size), np.float32), 'ids': like((n, 112), np.int32), 'mask': like((n, 112), np.int32),
+      'report': like((n,), np.int32)}
+  batch = {'ct': of(48, 'ct', (32, 128, 128, 1)), 'xray': of(96, 'xray', (224, 224, 3))}
+  run = step.make_step(c, method, tx, 'joint', sharding.make_mesh(1, 1, jax.devices()[:1]))
+  after, metrics = jax.eval_shape(run, state, batch)
+  assert jax.tree.structure(after.params) == jax.tree.structure(state.params)
+  assert {'train/vl_loss', 'train/icl_loss', 'train/pcl_loss'} <= metrics.keys()
+  model = models.build(c.model)
+  out = jax.eval_shape(lambda p, v, s: model.apply({'params': p}, volume=v, slices=s, method='encode'),
+                       state.params['backbone'], batch['ct']['ct'].update(shape=(48, 32, 128, 128, 1)),
+                       like((48, 2), np.int32))
+  assert out.patches.shape == (48, 512 + 2 * 64, 768)
+
+
 def test_frozen_layers_of_the_text():
   names = ('word_embeddings/embedding', 'embeddings_norm/scale', 'layer_0/query/kernel', 'layer_1/query/bias',
            'layer_11/query/bias')
@@ -237,6 +292,9 @@ def test_weights_of_a_folder_are_what_the_text_tower_starts_from(fixtures):
     ({'unimedi.slices': 9}, 'has 8 planes, use 1 to 8'),
     ({'unimedi.text.length': 17}, 'the network has 16 positions'),
     ({'unimedi.text.init_from': '/nowhere'}, 'unimedi.text.init_from: /nowhere/config.json: cannot be read'),
+    ({'unimedi.text.length': 2}, 'and to 3 at least'),
+    ({'unimedi.text.vocab': '/nowhere/vocab.txt'}, 'unimedi.text.vocab=./nowhere/vocab.txt. cannot be read'),
+    ({'unimedi.hidden_mode': 'blur'}, 'unknown: use one of replace, drop'),
     ({'unimedi.text.vocab_size': 0}, 'they must be the same number'),
     ({'data.place': 'device'}, 'set data.place=host')])
 def test_mistakes_are_named(overrides, what):

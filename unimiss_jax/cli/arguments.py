@@ -54,7 +54,7 @@ def tell_assumed(found, arch: dict) -> None:
   """
   if not found.recorded:
     logging.warning('%s does not record heads and the depth of volumes: assuming %s. FIX: --arch, if that is wrong',
-                    found.source, {k: arch[k] for k in ASSUMED})
+                    found.source, {k: arch[k] for k in ASSUMED if k in arch})
 
 
 def config_file(argv) -> str | None:

@@ -14,7 +14,7 @@ from data_pipelines import files, judgement
 from data_pipelines import sequences as together
 from data_pipelines.command import Parser, fail
 from data_pipelines.errors import DataError
-from unimiss_jax.cli import arguments
+from unimiss_jax.cli import arguments, towers
 from unimiss_jax.cli.embed_table import SUFFIXES, Table
 
 SHOWN = 3      # warnings of one code; all are in the table
@@ -134,13 +134,12 @@ def _network(found, batch: int):
   from unimiss_jax import weights
   from unimiss_jax.porting import arch as architectures
   from unimiss_jax.porting.errors import PortingError
-  from unimiss_jax.report import card
   if not found.arch:
     raise PortingError(f'{found.source}: the config.json of its run is not there, so heads and sizes are unknown. FIX: '
                        'put the file back, or name the folder of the run')
   fields = architectures.fields(found.arch)
   arguments.tell_assumed(found, fields)
-  views, recorded = card.views(found)
+  views, recorded = towers.views(found)
   if not recorded:
     logging.warning('%s does not record its preprocessing: assuming that of preset plain, %s', found.source,
                     json.dumps(views))
@@ -156,7 +155,8 @@ def _network(found, batch: int):
   encoder = {'transformer': found.params['backbone']['transformer']}
   about = {'checkpoint': found.source, 'branch': found.branch, 'arch': fields,
            'weights_hash': weights.digest({'backbone': encoder}), 'views': views, 'recorded': recorded}
-  return Network(module, encoder, batch), about
+  slices = towers.slices_of(found)
+  return Network(module, encoder, batch, slices), about | ({'slices': slices} if slices else {})
 
 
 def _how(found, about, modality, sequences, frame, spacing_mm, tile):
@@ -176,9 +176,16 @@ def _how(found, about, modality, sequences, frame, spacing_mm, tile):
 
 
 @cache
-def _forward(module):
+def _forward(module, slices: int):
   import jax
-  return jax.jit(lambda params, x: module.apply({'params': params}, x, decode=False).embedding)
+
+  from unimiss_jax.models.vit import with_slices
+
+  def run(params, x):
+    if slices and x.ndim == 5:
+      return with_slices(module, params, x, slices).cls
+    return module.apply({'params': params}, x, decode=False).embedding
+  return jax.jit(run)
 
 
 class Network:
@@ -188,14 +195,15 @@ class Network:
     module: the backbone.
     params: {'transformer': ...}.
     batch: rows.
+    slices: of a volume, those that the class token looks at most, which enter as images, too (UniMedI).
   """
 
-  def __init__(self, module, params, batch: int):
+  def __init__(self, module, params, batch: int, slices: int = 0):
     import jax
     import jax.numpy as jnp
     self.width, self._batch = module.embed_dims[-1], batch
     self._params = jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), params)
-    self._forward = _forward(module)
+    self._forward = _forward(module, slices)
     self._waiting = {}      # shape of an input -> [(input, who takes its embedding)]
     self._running = None    # (embeddings that the device is computing, who takes them)
 

@@ -10,13 +10,13 @@ import tempfile
 from etils import epath
 
 from data_pipelines.command import Parser, fail
-from unimiss_jax.cli import arguments
+from unimiss_jax.cli import arguments, towers
 
 FORMATS = ('safetensors', 'pth', 'stablehlo')
 PARTS = ('encoder', 'decoder', 'head')
 DTYPES = ('float32', 'bfloat16', 'float16')
 EXPORTED = ('config.json', 'README.md', 'model.pth', 'model.safetensors', 'parity.json', 'torch_mit.py',
-            'torch_mit_pilot.py', 'forward_2d.stablehlo', 'forward_3d.stablehlo')
+            'torch_mit_pilot.py', 'torch_vit.py', 'forward_2d.stablehlo', 'forward_3d.stablehlo', *towers.FILES)
 USAGE = ('python -m unimiss_jax.cli.export (--workdir=RUN | --ckpt=ANY) --out=DIR [--branch=teacher] '
          '[--parts=encoder,decoder,head] [--format=safetensors,pth,stablehlo]')
 
@@ -76,11 +76,10 @@ def export(source, out, *, branch='', parts=PARTS, formats=FORMATS[:1], dtype='f
   _refuse_foreign(target)
   logging.info('reading %s', source)
   found = weights.read(source, branch, [*allow, *(p for p in PARTS if p not in parts)], in_chans, arch)
-  if 'patch' in found.arch:
-    raise PortingError(f'{found.source}: holds a ViT, and PyTorch files are written of MiT+ alone. FIX: take it with '
-                       '--config.init_from, or its embeddings with unimiss_jax.cli.embed')
-  tensors = {n: np.asarray(a, jax.dtypes.canonicalize_dtype(dtype)) for n, a in to_torch(found.params).items()
-             if weights.part_of(n) in parts}
+  text = towers.of(found)
+  of_vision = {part: tree for part, tree in found.params.items() if part in ('backbone', 'head')}
+  cast = lambda a: np.asarray(a, jax.dtypes.canonicalize_dtype(dtype))
+  tensors = {n: cast(a) for n, a in to_torch(of_vision).items() if weights.part_of(n) in parts}
   written = [p for p in PARTS if any(weights.part_of(n) == p for n in tensors)]
   if 'encoder' not in written:
     raise PortingError(f'{found.source}: no encoder in what was asked for. FIX: --parts=encoder,...')
@@ -89,6 +88,9 @@ def export(source, out, *, branch='', parts=PARTS, formats=FORMATS[:1], dtype='f
   if not found.arch:
     raise PortingError(f'{found.source}: the config.json of its run is not there, so heads and sizes are unknown. FIX: '
                        'put the file back, or name the folder of the run')
+  if not found.recorded and architectures.twin(found.arch).file == 'torch_vit':
+    raise PortingError(f'{found.source}: does not record its heads, and parity cannot tell them. FIX: give '
+                       '--arch=\'{"num_heads": [12]}\'')
   convert.check({k: v for k, v in convert.from_tensors(tensors).items() if v}, found.arch, found.dimensions)
   model = describe(found, tensors, written)
   arguments.tell_assumed(found, model['arch'])
@@ -96,18 +98,23 @@ def export(source, out, *, branch='', parts=PARTS, formats=FORMATS[:1], dtype='f
                ', '.join(written))
   about = found.about
   if 'config' in found.about:
-    about = {'preprocessing': card.contract(about['config']), 'training': card.training(found)}
+    about = {'preprocessing': towers.contract(about['config']), 'training': card.training(found)}
   twin = architectures.twin(found.arch)
   config = {'model_type': twin.model_type, 'architecture': twin.architecture, 'architectures': [twin.network],
             'torch': model, 'recorded': found.recorded, 'branch': found.branch, 'dtype': dtype,
             'parameters': sum(a.size for a in tensors.values()), **about}
+  if text:
+    text = text._replace(params=jax.tree.map(cast, text.params), projections=jax.tree.map(cast, text.projections))
+    config['studies'] = text.about
 
   with tempfile.TemporaryDirectory() as folder:
     here = pathlib.Path(folder)
-    text = lambda tree: json.dumps(tree, indent=1) + '\n'
+    written_out = lambda tree: json.dumps(tree, indent=1) + '\n'
     logging.info('comparing JAX and PyTorch %s on %s', torch.__version__,
-                 ', '.join('x'.join(map(str, s)) for s in parity.SIZES if len(s) in model['dimensions']))
+                 ', '.join('x'.join(map(str, s)) for s in parity.sizes(model) if len(s) in model['dimensions']))
     proof = parity.compare(tensors, model)
+    if text:
+      proof = parity.joined(proof, towers.compare(text, tensors, model))
     if 'stablehlo' in formats:
       logging.info('StableHLO')
       with _needed('flatbuffers, for --format=stablehlo', 'flatbuffers'):
@@ -116,7 +123,7 @@ def export(source, out, *, branch='', parts=PARTS, formats=FORMATS[:1], dtype='f
     if not proof['passed']:
       if not target.exists():
         target.mkdir(parents=True)
-        (target / 'parity.json').write_text(text(proof))
+        (target / 'parity.json').write_text(written_out(proof))
       worst = ', '.join(f'{stage} of {size} {proof["inputs"][size][stage]["max_rel"]:.1e}'
                         for size, stage in proof['worst'].items())
       raise PortingError(f'JAX and PyTorch differ by more than {parity.TOLERANCE:g} of the largest value of a stage '
@@ -126,15 +133,18 @@ def export(source, out, *, branch='', parts=PARTS, formats=FORMATS[:1], dtype='f
     torch_files.write(here / torch_files.WEIGHTS, tensors, model)
     if 'pth' in formats:
       torch.save({n: _tensor(torch, a) for n, a in tensors.items()}, here / 'model.pth')
+    if text:
+      towers.write(here, text)
     file = f'{twin.file}.py'
     shutil.copy(pathlib.Path(architectures.__file__).with_name(file), here / file)
     config['sha'] = torch_files.sha(here / torch_files.WEIGHTS)
-    (here / torch_files.ABOUT).write_text(text(config))
-    (here / 'parity.json').write_text(text(proof))
-    files = sorted([p.name for p in here.iterdir()] + ['README.md'])
-    (here / 'README.md').write_text(
-        card.card(name or _name(found, config), config, proof, files, license_id, data_license))
-    target.mkdir(parents=True, exist_ok=True)
+    (here / torch_files.ABOUT).write_text(written_out(config))
+    (here / 'parity.json').write_text(written_out(proof))
+    files = sorted([p.relative_to(here).as_posix() for p in here.rglob('*') if p.is_file()] + ['README.md'])
+    told = card.card(name or _name(found, config), config, proof, files, license_id, data_license)
+    (here / 'README.md').write_text(towers.card(told, text) if twin.file == 'torch_vit' else told)
+    for folder in {(target / file).parent for file in files}:
+      folder.mkdir(parents=True, exist_ok=True)
     for file in EXPORTED:      # nothing of an earlier export stays; config.json goes first and comes last
       (target / file).unlink(missing_ok=True)
     for file in sorted(files, key=lambda f: f == torch_files.ABOUT):
@@ -150,7 +160,9 @@ def describe(found, tensors, parts) -> dict:
   if 'head' in parts and 'decoder' not in parts and model(found.arch).embeds_in_decoder:
     raise PortingError(f'{found.source}: its head reads the class token of the decoder. FIX: --parts=encoder, or with '
                        'decoder and head')
-  arch = fields(found.arch) | {'pos_interp': 'grid'}      # 'reference' is the same at the native sizes only
+  arch = fields(found.arch)
+  if 'pos_interp' in arch:
+    arch['pos_interp'] = 'grid'      # 'reference' is the same at the native sizes only
   shape = lambda name: tensors[f'head.{name}'].shape
   head = None
   if 'head' in parts:
@@ -165,7 +177,7 @@ def describe(found, tensors, parts) -> dict:
 def _refuse_foreign(folder):
   """Raises OSError for a folder that holds something else than an export."""
   names = {p.name for p in folder.iterdir()} if folder.exists() else set()
-  if other := sorted(names - {*EXPORTED, '__pycache__'}):
+  if other := sorted(names - {*(n.partition('/')[0] for n in EXPORTED), '__pycache__'}):
     raise OSError(f'--out={folder} holds other things than an export ({", ".join(other[:3])}). FIX: use another folder')
 
 

@@ -12,10 +12,11 @@ import jax.numpy as jnp
 from unimiss_jax import models
 from unimiss_jax.losses import classification, segmentation
 from unimiss_jax.methods.base import Method, Phase, view_keys, weighted
-from unimiss_jax.models.heads import Classifier, Segmenter
+from unimiss_jax.models.heads import Classifier, GrowingSegmenter, Segmenter, doublings
+from unimiss_jax.models.vit import ViT
 from unimiss_jax.optim import TRAIN
 
-LAYERS = 6                  # steps of the encoder: c0, c1, s1 ... s4
+LAYERS = 6                  # steps of the encoder of a MiT: c0, c1, s1 ... s4; of a ViT: its embedding and its blocks
 LEVEL = re.compile(r'transformer/(?:ConvBlock\dD(\d)|patch_embed\dD(\d)|pos_embed\dD(\d)|cls_tokens(\d)|block(\d))')
 FIELD = {'ct': 3, 'xray': 2}    # stream -> dimensions
 
@@ -26,14 +27,17 @@ def make(config, data) -> Method:
   steps_per_epoch = task.epoch_steps or max(records // batch, 1)
   total = config.steps or config.epochs * steps_per_epoch
   model = models.build(config.model)
+  blocks = model.depths[0] if isinstance(model, ViT) else 0
   segments, other = task.kind == 'seg', {2: '3D', 3: '2D'}[FIELD[stream]]
   if segments and model.embeds_in_decoder:
     raise ValueError(f'model.name={config.model.name!r} has no maps to segment: use mit_plus')
   if segments:
     classes = len(task.classes) if task.exclusive else spec['mask'][0][-1]
-    level_weights = segmentation.weights(len(model.decoder_dims) if task.deep_supervision else 1)
+    steps = doublings(model.kernel(FIELD[stream])) if blocks else model.decoder_dims
+    level_weights = segmentation.weights(len(steps) if task.deep_supervision else 1)
     level_weights = [w for w in level_weights if w]
-    head = Segmenter(classes + task.exclusive, len(level_weights), config.model.dtype)
+    how = dict(outputs=classes + task.exclusive, levels=len(level_weights), dtype=config.model.dtype)
+    head = GrowingSegmenter(steps, **how) if blocks else Segmenter(**how)
   else:
     classes = spec['label'][0][-1]
     head = Classifier(classes, task.features, config.model.dtype)
@@ -41,7 +45,10 @@ def make(config, data) -> Method:
   def init(key, params=None):
     if params is None:
       k_backbone, k_head = jax.random.split(key)
-      empty = [jnp.zeros((1, 1, c)) for c in (model.decoder_dims if segments else model.embed_dims[-1:])]
+      decoded = segments and not blocks
+      empty = [jnp.zeros((1, 1, c)) for c in (model.decoder_dims if decoded else model.embed_dims[-1:])]
+      if segments and blocks:
+        empty = [jnp.zeros((1,) * (FIELD[stream] + 1) + model.embed_dims[-1:])]
       empty = (empty,) if segments else (jnp.zeros((1, model.embed_dims[-1])), empty[0])
       params = {'backbone': models.init_params(model, k_backbone), 'task': head.init(k_head, *empty)['params']}
     return params, {}
@@ -51,7 +58,8 @@ def make(config, data) -> Method:
     given = dict(train=keys is not None, row_keys=keys)
     apply = lambda **how: model.apply({'params': params['backbone']}, x, **given, **how)
     if segments:
-      return head.apply({'params': params['task']}, apply(method='decoder_maps'))
+      maps = apply(decode=False).pyramid if blocks else apply(method='decoder_maps')
+      return head.apply({'params': params['task']}, maps)
     out = apply(decode=False)
     return head.apply({'params': params['task']}, out.embedding, out.pyramid[-1])
 
@@ -75,17 +83,18 @@ def make(config, data) -> Method:
     part, _, rest = name.partition('/')
     if part == 'task':
       return 'head'
-    used = not segments or not rest.startswith('transformer/final_norm')
-    if other in rest or not used or rest.startswith('recon_conv'):
+    used = blocks or not segments or not rest.startswith('transformer/final_norm')
+    if other in rest or rest.endswith('mask_token') or not used or rest.startswith('recon_conv'):
       return 'fixed'
     if not rest.startswith('transformer/'):
       return 'decoder' if segments else 'fixed'
-    return 'fixed' if task.frozen else f'encoder_{layer(rest)}' if config.optim.layer_decay != 1 else 'encoder'
+    return 'fixed' if task.frozen else f'encoder_{layer(rest, blocks)}' if config.optim.layer_decay != 1 else 'encoder'
 
   def rate(group):
     if not group.startswith('encoder'):
       return 1.
-    depth = LAYERS - int(group.partition('_')[2] or LAYERS)
+    layers = blocks + 1 if blocks else LAYERS
+    depth = layers - int(group.partition('_')[2] or layers)
     return task.encoder_rate * config.optim.layer_decay**depth
 
   def of_task(weights, extra, batch):
@@ -112,8 +121,11 @@ def make(config, data) -> Method:
       total_steps=total, steps_per_epoch=steps_per_epoch)
 
 
-def layer(name: str) -> int:
-  """Step of the pyramid that a parameter of the encoder belongs to, 0 (c0) to 5 (s4)."""
+def layer(name: str, blocks: int = 0) -> int:
+  """Step that a parameter of the encoder belongs to: 0 (c0) to 5 (s4) of a pyramid; 0 (tokens, tables) to `blocks`."""
+  if blocks:
+    found = re.match(r'transformer/block1_(\d+)/', name)
+    return int(found[1]) + 1 if found else blocks if name.startswith('transformer/final_norm') else 0
   found = LEVEL.match(name)
   if not found:                   # final_norm
     return LAYERS - 1

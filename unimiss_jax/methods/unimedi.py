@@ -30,6 +30,7 @@ MAX_LOG_SCALE = math.log(100)
 SIGLIP_START = math.log(10), -10.      # log scale, bias; Zhai et al. 2023
 STREAMS = ('xray', 'ct')               # in this order everywhere
 CHOICES = {'vl_kind': ('info_nce', 'siglip'), 'vl_scope': ('joint', 'per_modality'), 'pcl_domain': ('hidden', 'all'),
+           'hidden_mode': ('replace', 'drop'),
            'select': ('teacher', 'random', 'spread'), 'slice_of_plane': ('middle', 'random'),
            'score_layers': slices.LAYERS, 'score_keys': slices.KEYS}
 STUDENT_KEYS, HIDDEN_KEY, SLICE_KEY, PLANE_KEY = range(4)      # of the keys of a row
@@ -67,9 +68,9 @@ def make(config, data) -> Method:
       extra |= {'center': jnp.zeros((1, h.out_dim)), 'center_patch': jnp.zeros((1, 1, h.out_dim))}
     return params, extra
 
-  def encode(params, given, keys=None, hidden=None):
-    return model.apply({'params': params['backbone']}, **given, hidden=hidden, train=keys is not None, row_keys=keys,
-                       method='encode')
+  def encode(params, given, keys=None, hidden=None, kept=None):
+    return model.apply({'params': params['backbone']}, **given, hidden=hidden, kept=kept, train=keys is not None,
+                       row_keys=keys, method='encode')
 
   def of_head(params, x):      # [..., C] -> [..., K]
     flat = head.apply({'params': params['head']}, x.reshape(-1, x.shape[-1]))
@@ -134,13 +135,16 @@ def make(config, data) -> Method:
     for name in names:
       rows = batch[name]
       keys, given = view_keys(rows['rng'], 4), sequence(extra, name, rows, step)
-      hidden = None
+      hidden = kept = None
       if distils:
         t_cls, t_patch, looks = teach(extra, given)
         hidden = hidden_tokens(keys[:, HIDDEN_KEY], t_patch.shape[1], u.hidden, looks)
         teachers.append(t_cls)
         patch_teachers.append(t_patch)
-      out = encode(params, given, keys[:, STUDENT_KEYS], hidden)
+        if u.hidden_mode == 'drop':
+          kept, hidden = visible(hidden, u.hidden), None
+          t_patch = jnp.take_along_axis(t_patch, kept[..., None], 1)
+      out = encode(params, given, keys[:, STUDENT_KEYS], hidden, kept)
       images.append(out.cls)
       if u.icl:
         classes.append(distillation.cross_entropy(of_head(params, out.cls), t_cls, extra['center'],
@@ -148,7 +152,8 @@ def make(config, data) -> Method:
       if u.pcl:
         ce = distillation.cross_entropy(of_head(params, out.patches), t_patch, extra['center_patch'],
                                         config.loss.student_temp, u.patch_teacher_temp)
-        each.append(distillation.mean_of_hidden(ce, hidden) if u.pcl_domain == 'hidden' else ce.mean(1))
+        each.append(ce.mean(1) if kept is not None or u.pcl_domain == 'all' else
+                    distillation.mean_of_hidden(ce, hidden))
     cls = jnp.concatenate(images)
     metrics = {'collapse/feature_std': collapse.feature_std(jax.lax.stop_gradient(cls)),
                'train/log_scale': params['log_scale']}
@@ -174,7 +179,7 @@ def make(config, data) -> Method:
       return 'fixed'
     if not u.vl and part in ('text', 'text_proj', 'vision_proj', 'log_scale', 'logit_bias'):
       return 'fixed'
-    if 'mask_token' in rest and not distils or '3D' in rest and 'ct' not in names:
+    if 'mask_token' in rest and (not distils or u.hidden_mode == 'drop') or '3D' in rest and 'ct' not in names:
       return 'fixed'
     return 'last_layer' if 'last_layer' in name else 'text' if part == 'text' else 'rest'
 
@@ -264,6 +269,12 @@ def hidden_tokens(keys, count: int, share: float, looks=None):
   return rank < round(share * count)
 
 
+def visible(hidden, share: float):
+  """[B, K] int32: the tokens that `hidden_tokens` of this share leaves, in ascending order."""
+  count = hidden.shape[1]
+  return jnp.argsort(hidden, 1, stable=True)[:, :count - round(share * count)].astype(jnp.int32)
+
+
 def frozen(name: str, layers: int) -> bool:
   """Whether a parameter of the text tower is not trained: of the first layers, and then the tables below them, too."""
   layer = re.match(r'layer_(\d+)/', name)
@@ -286,7 +297,7 @@ def text_tower(config) -> tuple[dict, dict]:
     ValueError: what the folder of weights lacks, or a text that is longer than its positions.
   """
   t, weights = config.unimedi.text, {}
-  words = len(epath.Path(t.vocab).read_text().splitlines()) if t.vocab else 0
+  words = vocabulary_size(t)
   if t.init_from:
     try:
       fields, tree = bert.read(t.init_from, t.num_layers)
@@ -294,12 +305,28 @@ def text_tower(config) -> tuple[dict, dict]:
       raise ValueError(f'unimedi.text.init_from: {e}') from e
     weights = {f'text/{name}': x for name, x in named_leaves(tree).items()}
   else:
-    fields = dict(vocab_size=t.vocab_size or words, hidden_size=t.width, num_hidden_layers=t.num_layers,
-                  num_attention_heads=t.heads, intermediate_size=t.mlp, max_position_embeddings=t.positions)
+    fields = text_fields(t)
   if not fields['vocab_size'] or words not in (0, fields['vocab_size']):
     raise ValueError(f'unimedi.text.vocab={t.vocab!r} has {words} word pieces, the table of words has '
                      f'{fields["vocab_size"]} rows: they must be the same number; vocab_size=0 takes that of the file')
-  if t.length > fields['max_position_embeddings']:
+  if not 2 < t.length <= fields['max_position_embeddings']:
     raise ValueError(f'unimedi.text.length={t.length}: the network has {fields["max_position_embeddings"]} positions; '
-                     'set it to at most that')
+                     'set it to at most that, and to 3 at least')
   return fields, weights
+
+
+def text_fields(text) -> dict:
+  """Fields of the BERT that unimedi.text describes, or of the one in its folder. Raises PortingError."""
+  if text.init_from:
+    return bert.fields_of(text.init_from, text.num_layers)
+  return dict(vocab_size=text.vocab_size or vocabulary_size(text), hidden_size=text.width,
+              num_hidden_layers=text.num_layers, num_attention_heads=text.heads, intermediate_size=text.mlp,
+              max_position_embeddings=text.positions)
+
+
+def vocabulary_size(text) -> int:
+  """Lines of unimedi.text.vocab, 0 where none is named. Raises ValueError for a file that is not there."""
+  try:
+    return len(epath.Path(text.vocab).read_text(encoding='utf-8').splitlines()) if text.vocab else 0
+  except (OSError, UnicodeDecodeError) as e:
+    raise ValueError(f'unimedi.text.vocab={text.vocab!r} cannot be read ({type(e).__name__}): name a vocab.txt') from e

@@ -10,10 +10,11 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from unimiss_jax.models.layers import gelu, layer_norm, wide
+from unimiss_jax.models.layers import InstanceNorm, gelu, layer_norm, wide
 
 LINEAR_INITS = {'released': nn.initializers.normal(0.02),
                 'fan_in': nn.initializers.variance_scaling(1.0, 'fan_in', 'normal')}
+KEEPING = nn.initializers.variance_scaling(2.0, 'fan_in', 'normal')      # He et al. 2015, for what a ReLU follows
 
 
 class DINOHead(nn.Module):
@@ -116,6 +117,47 @@ class Segmenter(nn.Module):
   def __call__(self, maps):
     return [nn.Dense(self.outputs, kernel_init=LINEAR_INITS['fan_in'], param_dtype=wide(self.dtype),
                      name=f'level_{i}')(widened(x)) for i, x in enumerate(maps[::-1][:self.levels])]
+
+
+class GrowingSegmenter(nn.Module):
+  """The map of a ViT -> logits as `Segmenter` gives them: convolution, norm, ReLU and doubling, step by step, until a
+  patch is as many pixels as it shows (SETR-PUP, Zheng et al. 2021).
+
+  Attributes:
+    steps: of `doublings`.
+    outputs, levels, dtype: as of `Segmenter`.
+    widest: channels of the first step; each has half of those of the one before.
+  """
+  steps: tuple
+  outputs: int
+  levels: int = 1
+  dtype: Any = jnp.float32
+  widest: int = 256
+
+  @nn.compact
+  def __call__(self, maps):
+    x, grown = maps[-1], []
+    for i, step in enumerate(self.steps):
+      x = nn.Conv(max(self.widest >> i, 16), (3,) * len(step), use_bias=False, kernel_init=KEEPING, dtype=self.dtype,
+                  param_dtype=wide(self.dtype), name=f'grow_{i}')(x)
+      x = nn.relu(InstanceNorm(dtype=self.dtype, name=f'norm_{i}')(x))
+      for axis, factor in enumerate(step, 1):
+        x = jnp.repeat(x, factor, axis)
+      grown.append(x)
+    return Segmenter(self.outputs, self.levels, self.dtype, name='out')(grown)
+
+
+def doublings(kernel) -> tuple:
+  """Pixels of a patch -> by how much each axis grows in each step, 1 or 2; the longest first, all together at the end.
+
+  Raises:
+    ValueError: an axis that is no power of two.
+  """
+  if any(k & (k - 1) for k in kernel) or max(kernel) < 2:
+    raise ValueError(f'model.patch, model.patch_depth: patches of {tuple(kernel)} pixels cannot be doubled up to, use '
+                     'powers of two')
+  most = max(kernel).bit_length() - 1
+  return tuple(tuple(2 if k.bit_length() - 1 >= most - i else 1 for k in kernel) for i in range(most))
 
 
 def widened(x):

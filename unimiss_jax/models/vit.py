@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from unimiss_jax.models import conv, layers
+from unimiss_jax.models import conv, layers, slices
 from unimiss_jax.models.mit import MiTOutput
 
 BLOCK_STATIC = 2, 3      # grid and train, behind self and x
@@ -87,7 +87,8 @@ class Encoder(Fields):
   """Arguments and result: `ViT.encode`."""
 
   @nn.compact
-  def __call__(self, image=None, volume=None, slices=None, hidden=None, train=False, row_keys=None) -> Encoded:
+  def __call__(self, image=None, volume=None, slices=None, hidden=None, train=False, row_keys=None,
+               kept=None) -> Encoded:
     (width,), (depth,) = self.embed_dims, self.depths
     table = lambda name, *shape: self.param(name, layers.zeros, (1, *shape, width), layers.wide(self.dtype))
     native = self.grid((self.image_size,) * 2)
@@ -100,7 +101,7 @@ class Encoder(Fields):
       deep = layers.resize_positions(table('depth_table3D', self.grid(self.volume_size)[0]),
                                      self.grid(self.volume_size)[:1], (planes,), False)
       place = of_plane(grid)[:, None] + deep[:, :, None] + modality[:, 1:, None]
-      contents.append(x.reshape(len(x), -1, width))
+      contents.append(x.reshape(x.shape[0], -1, width))
       places.append(place.reshape(1, -1, width))
     if image is not None:
       image = 2 * image - 1                                  # as volumes: air is about -1
@@ -112,14 +113,16 @@ class Encoder(Fields):
       place = of_plane(x.shape[1:-1]) + modality[:, :1]
       if slices is not None:                                 # at the depth of their planes
         place = (place[:, None] + deep[0][slices // self.patch_depth][:, :, None]).reshape(len(slices), -1, width)
-      contents.append(x.reshape(len(place) if slices is not None else len(x), -1, width))
+      contents.append(x.reshape(len(place) if slices is not None else x.shape[0], -1, width))
       places.append(place)
     x = jnp.concatenate(contents, 1)
     mask_token = table('mask_token', 1).astype(self.dtype)   # declared without a mask, too
     if hidden is not None:
       x = jnp.where(hidden[..., None], mask_token, x)
-    x += jnp.concatenate([jnp.broadcast_to(p, (len(x), *p.shape[1:])) for p in places], 1).astype(self.dtype)
-    cls = jnp.broadcast_to(table('class_token', 1).astype(self.dtype), (len(x), 1, width))
+    x += jnp.concatenate([jnp.broadcast_to(p, (x.shape[0], *p.shape[1:])) for p in places], 1).astype(self.dtype)
+    if kept is not None:
+      x = jnp.take_along_axis(x, kept[..., None], 1)
+    cls = jnp.broadcast_to(table('class_token', 1).astype(self.dtype), (x.shape[0], 1, width))
     x = jnp.concatenate([cls, x], 1)
     block = nn.remat(layers.Block, static_argnums=BLOCK_STATIC) if self.remat else layers.Block
     for i, rate in enumerate(np.linspace(0, self.encoder_drop_path, depth)):
@@ -158,9 +161,10 @@ class ViT(Fields):
   def __call__(self, x, train=False, decode=True, row_keys=None) -> MiTOutput:
     """The contract of a backbone; there is nothing to decode."""
     out = self.encode(**{'image' if x.ndim == 4 else 'volume': x}, train=train, row_keys=row_keys)
-    return MiTOutput(out.cls, (out.patches.reshape(len(x), *self.grid(x.shape[1:-1]), -1),), None)
+    return MiTOutput(out.cls, (out.patches.reshape(x.shape[0], *self.grid(x.shape[1:-1]), -1),), None)
 
-  def encode(self, image=None, volume=None, slices=None, hidden=None, train=False, row_keys=None) -> Encoded:
+  def encode(self, image=None, volume=None, slices=None, hidden=None, train=False, row_keys=None,
+             kept=None) -> Encoded:
     """One sequence: class token, tokens of a volume, tokens of an image or of slices of the volume.
 
     Every block leaves what the class token looks at, [B, heads, 1 + P], as 'class_row' in the collection
@@ -172,11 +176,12 @@ class ViT(Fields):
       slices: [B, k] integers, which slices of the volume enter as images do, too.
       hidden: [B, P] bool, tokens that are replaced by the mask token; their positions stay.
       train, row_keys: of drop-path.
+      kept: [B, K] integers, the tokens that enter the sequence, with their positions; None = all.
     """
     for x in (image, volume):
       if x is not None:
         self.check(x.shape[1:-1], x.shape[-1])
-    return self.transformer(image, volume, slices, hidden, train, row_keys)
+    return self.transformer(image, volume, slices, hidden, train, row_keys, kept)
 
   def embedding_dim(self) -> int:
     return self.embed_dims[-1]
@@ -208,3 +213,11 @@ def class_rows(model: ViT, params, **inputs) -> tuple[Encoded, jax.Array]:
   out, kept = model.apply({'params': params}, **inputs, method='encode', mutable=['intermediates'])
   rows = kept['intermediates']['transformer']
   return out, jnp.stack([rows[f'block1_{i}']['attn']['class_row'][0] for i in range(model.depths[0])], 1)
+
+
+def with_slices(model: ViT, params, volume, k: int) -> Encoded:
+  """Volumes [B, D, H, W, 1] together with the middle slices of the k planes that their class tokens look at most."""
+  planes = volume.shape[1] // model.patch_depth
+  chosen = slices.select(slices.scores(class_rows(model, params, volume=volume)[1], planes)[1], k)
+  return model.apply({'params': params}, volume=volume, slices=slices.middles(chosen, model.patch_depth),
+                     method='encode')

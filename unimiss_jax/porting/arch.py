@@ -1,4 +1,4 @@
-"""Which MiT+, or MiT of the pilot UniMiSS, a set of tensors is."""
+"""Which MiT+, MiT of the pilot UniMiSS, or ViT a set of tensors is."""
 from __future__ import annotations
 
 import collections
@@ -40,8 +40,11 @@ class Twin(NamedTuple):
 
 def twin(arch) -> Twin:
   """The PyTorch twin of an architecture."""
-  if isinstance(model(arch), MiT):
+  made = model(arch)
+  if isinstance(made, MiT):
     return Twin('MiT', 'mit', 'torch_mit_pilot', 'UniMiSS')
+  if isinstance(made, ViT):
+    return Twin('ViT', 'vit_2d_3d', 'torch_vit', 'UniMedI')
   return Twin('MiT+', 'mit_plus', 'torch_mit', 'UniMiSSPlus')
 
 
@@ -131,7 +134,7 @@ def most(values):
 
 
 def infer_arch(tensors) -> dict:
-  """The `MiTPlus` or `MiT` fields that a backbone's tensors show: all but the heads and what has no weights.
+  """The fields of `MiTPlus`, `MiT` or `ViT` that a backbone's tensors show: all but the heads and what has no weights.
 
   Each is what most of the tensors that show it say, so that one that is missing or mis-shaped can be named. The depth
   of volumes and sizes that are not square show nowhere: 16 and squares are assumed.
@@ -143,6 +146,8 @@ def infer_arch(tensors) -> dict:
     PortingError: no tensor shows a field.
   """
   votes = Votes(tensors)
+  if 'transformer.plane_table' in votes.found:
+    return _vit(votes)
   pilot = any(re.match(r'transformer\.patch_embed.D0\.', name) for name in votes.found)
   return _mit(votes) if pilot else _mit_plus(votes)
 
@@ -213,3 +218,17 @@ def _mit_plus(votes: Votes) -> dict:
         decoder_depths=tuple(votes.depth(f'Decblock{i}') for i in (1, 2, 3)),
         decoder_sr_ratios=tuple(votes.ratio(f'Decblock{i}') for i in (1, 2, 3)))
   return arch
+
+
+def _vit(votes: Votes) -> dict:
+  width = votes.vote((r'transformer\.(plane|modality)_table', 2), (r'transformer\.class_token', 2),
+                     block(r'transformer\.block1'))
+  patch = votes.vote(*((rf'transformer\.patch_embed{n}D\.weight', -1) for n in (2, 3)))
+  patch_depth = votes.vote((r'transformer\.patch_embed3D\.weight', 2), default=ViT.patch_depth)
+  side = patch * round(votes.vote((r'transformer\.plane_table', 1))**.5)
+  planes = votes.vote((r'transformer\.depth_table3D', 1), default=ViT.volume_size[0] // patch_depth)
+  return dict(embed_dims=(width,), depths=(votes.depth(r'transformer\.block1'),), num_heads=(max(width // 64, 1),),
+              mlp_ratio=votes.hidden() / width, patch=patch, patch_depth=patch_depth, image_size=side,
+              volume_size=(planes * patch_depth, side, side),
+              in_channels=tuple(votes.vote((rf'transformer\.patch_embed{n}D\.weight', 1), default=default)
+                                for n, default in zip((2, 3), ViT.in_channels)))

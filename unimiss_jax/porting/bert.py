@@ -43,7 +43,7 @@ def read(folder, num_layers: int | None = None, pooler: bool = False) -> tuple[d
       that is not as long as the table of words.
   """
   folder = epath.Path(folder)
-  fields = _fields(folder, num_layers) | {'pooler': pooler}
+  fields = fields_of(folder, num_layers) | {'pooler': pooler}
   _check_vocabulary(folder, fields['vocab_size'])
   path = next((folder / name for name in FILES if (folder / name).exists()), None)
   if path is None:
@@ -91,7 +91,9 @@ def torch_name(name: str) -> str:
   return f'embeddings.{"LayerNorm" if path[0] == "embeddings_norm" else path[0]}.{end}'
 
 
-def _fields(folder, num_layers) -> dict:
+def fields_of(folder, num_layers: int | None = None) -> dict:
+  """Fields of the `Bert` in a folder; arguments and errors as of `read`."""
+  folder = epath.Path(folder)
   path = folder / 'config.json'
   try:
     about = json.loads(path.read_text())

@@ -23,7 +23,8 @@ PARTS = {'encoder': ('backbone.transformer.',),
          'head': ('head.',)}
 BRANCHES = ('student', 'teacher')
 IN_CHANS = ('strict', 'sum', 'repeat')
-ENCODER = re.compile(r'(cls_tokens|pos_embed|ConvBlock|patch_embed|block|final_norm)')    # below 'transformer.'
+# Names below 'transformer.'.
+ENCODER = re.compile(r'(cls_tokens|pos_embed|ConvBlock|patch_embed|block|final_norm|class_token|mask_token|\w+_table)')
 STEM_OR_END = re.compile(r'\.(ConvBlock|recon_conv|patch_embed.D0\.)')
 HEAD = re.compile(r'(mlp\.\d|last_layer)\.')
 SPELLED = (('parametrizations.weight.original0', 'weight_g'), ('parametrizations.weight.original1', 'weight_v'))
@@ -35,7 +36,7 @@ def from_torch(state_dict, arch=None, allow=(), branch='student', in_chans='stri
   Args:
     state_dict: name -> numpy array or tensor. A level 'student' / 'teacher', 'state_dict' or 'model' is entered;
       'module.' and absent 'backbone.', 'head.' and 'transformer.' are put right; both spellings of weight norm.
-    arch: dict of the fields of `MiTPlus` or `MiT`, 'mit_plus', 'mit_small' or 'mit_tiny' (their defaults), or None =
+    arch: dict of the fields of `MiTPlus`, `MiT` or `ViT`, or a name of `models.BACKBONES` (its defaults), or None =
       inferred from the tensors.
     allow: substrings of names that may be missing (then absent from the result) or surplus; ('3D',) takes a 2D-only
       file, ('2D',) a 3D-only one, ('decoder',) and ('head',) stand for all names of that part.

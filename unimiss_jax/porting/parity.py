@@ -11,7 +11,8 @@ from unimiss_jax.porting import torch_names
 
 SIZES = ((96, 96), (128, 160), (16, 96, 96), (32, 64, 96))
 TOLERANCE = 1e-4      # of the largest value of a stage, float32
-STAGES = {6: ('c0', 'c1', 's1', 's2', 's3', 's4'), 5: ('c0', 's1', 's2', 's3', 's4')}      # of MiT+, of MiT
+STAGES = {6: ('c0', 'c1', 's1', 's2', 's3', 's4'), 5: ('c0', 's1', 's2', 's3', 's4'), 1: ('patches',)}      # of
+# MiT+, MiT, ViT
 
 
 def compare(tensors: dict, model: dict) -> dict:
@@ -33,7 +34,7 @@ def compare(tensors: dict, model: dict) -> dict:
   net = architectures.torch_network(model).eval()
   net.load_state_dict({name: torch.tensor(array) for name, array in wide.items()}, strict=True)
   ours, inputs = forward(model), {}
-  for size in SIZES:
+  for size in sizes(model):
     if len(size) in model['dimensions']:
       x = images(size, net.backbone.arch.in_channels[len(size) - 2])
       with jax.default_matmul_precision('highest'):      # accelerators would round the factors
@@ -41,6 +42,18 @@ def compare(tensors: dict, model: dict) -> dict:
       inputs['x'.join(map(str, size))] = _differences(mine, net, x)
   return joined({'tolerance': TOLERANCE, 'inputs': {}, 'jax': jax.__version__, 'torch': torch.__version__,
                  'computed_in': f'float32 on {jax.devices()[0].device_kind}'}, inputs)
+
+
+def sizes(model: dict) -> list:
+  """SIZES, the native one where the patches of a network do not fill them."""
+  module, out = architectures.model(model['arch']), []
+  for size in SIZES:
+    try:
+      module.check(size, module.in_channels[len(size) - 2])
+      out.append(size)
+    except ValueError:
+      out.append(module.native_size(len(size)))
+  return list(dict.fromkeys(out))
 
 
 def joined(proof: dict, more: dict) -> dict:
@@ -67,7 +80,7 @@ def _differences(mine, net, x) -> dict:
   with torch.no_grad():
     output, logits = net(torch.from_numpy(x))
   theirs = _stages(output.embedding, output.pyramid, output.reconstruction, logits)
-  return {stage: _difference(np.asarray(mine[stage], np.float32), value.numpy()) for stage, value in theirs.items()}
+  return {stage: difference(np.asarray(mine[stage], np.float32), value.numpy()) for stage, value in theirs.items()}
 
 
 def forward(model: dict):
@@ -100,8 +113,8 @@ def _stages(embedding, pyramid, reconstruction, logits) -> dict:
   return {name: value for name, value in found.items() if value is not None}
 
 
-def _difference(ours, theirs) -> dict:
-  """NaN counts as infinitely far."""
+def difference(ours, theirs) -> dict:
+  """{'max_abs', 'max_rel'} of two arrays. NaN counts as infinitely far."""
   if not (np.isfinite(ours).all() and np.isfinite(theirs).all()):
     return {'max_abs': 1e30, 'max_rel': 1e30}      # JSON has no infinity
   gap = np.abs(ours - theirs).max()
