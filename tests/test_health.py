@@ -64,6 +64,20 @@ def test_a_disease_has_its_name_evidence_and_remedy(disease, config):
   assert told.startswith(f'HEALTH step 400: {disease}: ct: ') and '. FIX: ' in told
 
 
+def test_a_run_measured_in_epochs_is_judged_by_the_share_that_is_over(config):
+  c = config.copy_and_resolve_references()
+  c.steps, c.epochs = 0, 10
+  of = lambda disease, done: names(health.findings(rows(sick=DISEASES[disease], **{health.DONE: done}), c, CHANCE))
+  assert of('frozen teacher', .5) == ['frozen teacher'] and not of('frozen teacher', 1.)
+  assert of('pairs do not match', .5) == ['pairs do not match'] and not of('pairs do not match', .01)
+
+
+def test_xrays_of_steps_that_see_both_are_judged(config):
+  sick = {k.replace('/', '/xray_', 1): v for k, v in DISEASES['dead features'].items()}
+  found = health.findings(rows(sick=sick), config, CHANCE)
+  assert names(found) == ['dead features'] and found[0].evidence.startswith('ct, X-rays: ')
+
+
 @pytest.mark.parametrize('disease', [d for d in DISEASES if d != 'not finite'])
 def test_one_odd_row_is_no_disease(disease, config):
   assert not health.findings(rows(sick=DISEASES[disease], ill=1), config, CHANCE)

@@ -30,6 +30,7 @@ SPIKE = 20.         # times the median gradient norm before
 STARVED = .2        # share of the time spent waiting for data
 FLAT = .5           # share of views that show nothing
 CONTRASTIVE = 'train/nce_loss', 'train/pair_nce_loss'
+DONE = 'perf/done'  # share of the run that is over
 
 
 class Finding(NamedTuple):
@@ -47,9 +48,17 @@ def findings(rows: list[dict], config, chance: dict[str, dict[str, float]]) -> l
     config: of the run.
     chance: {phase: {metric: value for a network that tells nothing apart}}.
   """
-  of = {p: [r for r in rows if r.get('phase') == p] for p in chance}
-  return [f for check, _ in CHECKS.values() for phase, mine in of.items() if len(mine) >= LAST
-          for f in check(phase, mine, config, chance[phase])]
+  of = {p: ([r for r in rows if r.get('phase') == p], levels) for p, levels in chance.items()}
+  of |= {f'{p}, X-rays': (of_xrays(mine), of_xrays([levels])[0]) for p, (mine, levels) in of.items()
+         if mine and any('/xray_' in k for k in mine[-1])}
+  return [f for check, _ in CHECKS.values() for phase, (mine, levels) in of.items() if len(mine) >= LAST
+          for f in check(phase, mine, config, levels)]
+
+
+def of_xrays(rows: list[dict]) -> list[dict]:
+  """What rows of steps that see both modalities say of X-rays ('train/xray_nce_loss'), under the usual names."""
+  keep = lambda k: k in ('step', DONE) or '/xray_' in k
+  return [{k.replace('/xray_', '/', 1): v for k, v in r.items() if keep(k)} for r in rows]
 
 
 def line(step: int, found: list[Finding], rows: list[dict]) -> str:
@@ -95,7 +104,7 @@ def still_student(phase, rows, config, chance):
 
 def still_teacher(phase, rows, config, chance):
   momentum = _last(rows, 'train/momentum')
-  if momentum and min(momentum) >= 1 and rows[-1]['step'] < .99 * _steps(config, rows):
+  if momentum and min(momentum) >= 1 and (_done(config, rows) or 1.) < .99:
     yield Finding('frozen teacher', f'{phase}: the momentum of the teacher is {momentum[-1]:g}, it never follows',
                   'set ema.momentum below 1, .99 for short runs to .9995 for long ones')
 
@@ -182,8 +191,9 @@ def _alike(rows, chance) -> bool:
 
 
 def _late(config, rows) -> bool:
-  return rows[-1]['step'] >= EARLY * _steps(config, rows)
+  return (_done(config, rows) or 0.) >= EARLY
 
 
-def _steps(config, rows) -> int:
-  return config.steps or rows[-1]['step'] + 1
+def _done(config, rows) -> float | None:
+  """Share of the run that is over; None where nothing tells."""
+  return rows[-1].get(DONE, rows[-1]['step'] / config.steps if config.steps else None)

@@ -8,6 +8,7 @@ so a resumed run takes the same batches and draws the same random numbers.
 import collections
 import contextlib
 import logging
+import math
 import time
 from concurrent import futures
 
@@ -208,6 +209,7 @@ class Run:
     over = lambda at: bool(self.best) and self.best.exhausted(at)
     if self.main:
       self.writer = Writer(self.mirror.local, start, config.log.tensorboard)
+      self.rows = [r for r in summary.rows(self.mirror.local) if r.get('phase') != EVAL][-health.KEPT:]
     self.live = Live(self.mirror.local if self.main else None, {n: p.chance for n, p in self.method.phases.items()})
     self.describe()
     self.observer = Observer(config, self.method, self.mesh, evalset.build(config) if config.eval.tasks else None,
@@ -322,10 +324,11 @@ class Run:
   def log(self, i, phase, metrics):
     """One row of metrics.jsonl and one line: the values of step i, rates since the last line."""
     values = {k: float(v) for k, v in jax.device_get(metrics).items() if k not in HOST_ONLY}
-    perf = self.progress.scalars(phase)
+    perf = self.progress.scalars(phase) | {health.DONE: (i + 1) / self.total}
     if self.main:
       self.writer.write_scalars(i, values | perf, phase)
-      self.rows = [*self.rows[-health.KEPT:], {'step': i, 'phase': phase} | values | perf]
+      known = {k: v for k, v in values.items() if math.isfinite(v)}
+      self.rows = [*self.rows[-health.KEPT:], {'step': i, 'phase': phase} | known | perf]
       logging.info(self.progress.line(i + 1, phase, values, perf))
       self.mirror.push()
 

@@ -103,8 +103,8 @@ def whole(run, preset: dict | None):
 
 
 def chance_of(config, run) -> dict:
-  """{phase: {metric: value for a network that tells nothing apart}}; {} for a task, whose classes lie with its data, and
-  where the config makes no method any more."""
+  """{phase: {metric: value for a network that tells nothing apart}}; {} for a task, whose classes lie with its data,
+  and where the config makes no method any more."""
   if 'task' in config:
     return {}
   try:
