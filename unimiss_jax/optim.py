@@ -67,7 +67,7 @@ def named_leaves(tree) -> dict[str, jax.Array]:
   return {leaf_name(path): x for path, x in jax.tree_util.tree_flatten_with_path(tree)[0]}
 
 
-TOKENS = re.compile(r'(pos_?embed\w*|cls_tokens?\d*|\w*_table|class_token|mask_token)$', re.IGNORECASE)
+TOKENS = re.compile(r'(pos_?embed\w*|cls_tokens?\d*|\w*_table(3D)?|class_token|mask_token)$', re.IGNORECASE)
 DECAY_EXCLUDE = '1d', 'tokens', ''
 
 
