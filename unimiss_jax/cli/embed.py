@@ -134,12 +134,13 @@ def _network(found, batch: int):
   from unimiss_jax import weights
   from unimiss_jax.porting import arch as architectures
   from unimiss_jax.porting.errors import PortingError
+  from unimiss_jax.report import card
   if not found.arch:
     raise PortingError(f'{found.source}: the config.json of its run is not there, so heads and sizes are unknown. FIX: '
                        'put the file back, or name the folder of the run')
   fields = architectures.fields(found.arch)
   arguments.tell_assumed(found, fields)
-  views, recorded = towers.views(found)
+  views, recorded = card.views(found)
   if not recorded:
     logging.warning('%s does not record its preprocessing: assuming that of preset plain, %s', found.source,
                     json.dumps(views))

@@ -98,7 +98,7 @@ def export(source, out, *, branch='', parts=PARTS, formats=FORMATS[:1], dtype='f
                ', '.join(written))
   about = found.about
   if 'config' in found.about:
-    about = {'preprocessing': towers.contract(about['config']), 'training': card.training(found)}
+    about = {'preprocessing': card.contract(about['config']), 'training': card.training(found)}
   twin = architectures.twin(found.arch)
   config = {'model_type': twin.model_type, 'architecture': twin.architecture, 'architectures': [twin.network],
             'torch': model, 'recorded': found.recorded, 'branch': found.branch, 'dtype': dtype,

@@ -105,24 +105,6 @@ def slices_of(found) -> int:
   return torch_files.about(found.source).get('studies', {}).get('slices', 0)
 
 
-def contract(config: dict) -> dict:
-  """`card.contract`; UniMedI trains on whole scans."""
-  from unimiss_jax.report import card
-  made = card.contract(config)
-  if 'unimedi' in config and 'volume' in made:
-    view = made['volume']['view'] | {'record': 'scan'}
-    made['volume'] |= {'view': view, 'crop': made['volume']['crop'].replace(' of the tile ', ' of the scan ')}
-  return made
-
-
-def views(found) -> tuple[dict, bool]:
-  """`card.views` of `weights.Weights`, by this contract."""
-  from unimiss_jax.report import card
-  if 'config' in found.about:
-    found = found._replace(about={'preprocessing': contract(found.about['config'])})
-  return card.views(found)
-
-
 def write(folder, towers: Towers) -> None:
   """Writes FILES."""
   from unimiss_jax.models.bert import Bert

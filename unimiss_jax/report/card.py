@@ -45,6 +45,7 @@ def contract(config: dict) -> dict:
   channels = model.get('in_channels', (3, 1))[1]
   sequences = {'sequences': data['sequences']} if data.get('sequences') else {}
   common = {k: task[k] for k in ('clip', 'normalise')}
+  record = 'scan' if 'task' in config or 'unimedi' in config else 'tile'
   low, high = task['clip']
   mean, std = task['normalise']
   asked = (f', clipped to [{low:g}, {high:g}]' if high > low else '') + (f', minus {mean:g}, divided by {std:g}' if std
@@ -61,9 +62,9 @@ def contract(config: dict) -> dict:
         'intensity': INTENSITY[data['modality']] if not asked else f'HU, clipped to [-1024, 3071]{asked}'
                      + ('' if std else ', divided by 1024'),
         'size': list(model['volume_size']),
-        'crop': _ct_crop(views['ct']),
+        'crop': _ct_crop(views['ct'], record),
         'view': {k: views['ct'][k] for k in ('size', 'extent', 'resize', 'pad_hu')} | common | {
-            'record': 'scan' if 'task' in config else 'tile', 'modality': data['modality'],
+            'record': record, 'modality': data['modality'],
             'sequences': data.get('sequences', ''), 'spacing_mm': task['spacing_mm']}}
   if config['phases']['xray'] or config['phases']['ct'] and any(map(config.get('loss', {}).get, LOSSES_2D)):
     of = views['xray' if config['phases']['xray'] else 'drr']
@@ -119,10 +120,10 @@ def training(weights) -> dict:
       'evaluation_set': config['eval']['knn'] or 'phantoms', 'evaluation': _evaluation(about.get('metrics', []), step)}
 
 
-def _ct_crop(views) -> str:
+def _ct_crop(views, record: str) -> str:
   low, high = views['scale']
   if views['extent'] == 'record':
-    return f'{low:g} to {high:g} of the tile along each axis, resized to {" x ".join(map(str, views["size"]))}'
+    return f'{low:g} to {high:g} of the {record} along each axis, resized to {" x ".join(map(str, views["size"]))}'
   return f'{views["size"][0]} slices; in-plane {low:g} to {high:g} times {views["size"][1]} voxels, resized to that'
 
 
