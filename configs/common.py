@@ -139,6 +139,7 @@ def base() -> ConfigDict:
       knn='',                     # a labelled manifest.jsonl; '' = phantom findings
   ))
   c.log = ConfigDict(dict(every=50, images_every=0, tensorboard=True, watchdog_min=30.,
+                          wandb='',              # project of Weights & Biases; WANDB_MODE=offline: on disk alone
                           health_every=500))     # steps from one verdict on the run's health to the next; 0 = off
   return c
 

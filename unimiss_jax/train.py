@@ -208,7 +208,7 @@ class Run:
     start = int(self.state.step)
     over = lambda at: bool(self.best) and self.best.exhausted(at)
     if self.main:
-      self.writer = Writer(self.mirror.local, start, config.log.tensorboard)
+      self.writer = Writer(self.mirror.local, start, config.log.tensorboard, config.log.wandb, config.to_dict())
       self.rows = [r for r in summary.rows(self.mirror.local) if r.get('phase') != EVAL][-health.KEPT:]
     self.live = Live(self.mirror.local if self.main else None, {n: p.chance for n, p in self.method.phases.items()})
     self.describe()

@@ -83,6 +83,9 @@ def validate(config) -> None:
   """Raises ConfigError for the first fault."""
   if not config.method or importlib.util.find_spec(f'unimiss_jax.methods.{config.method}') is None:
     raise ConfigError(f'method "{config.method}" unknown: use a config file of configs/')
+  if config.log.wandb and importlib.util.find_spec('wandb') is None:
+    raise ConfigError(f'log.wandb="{config.log.wandb}" needs the package wandb. FIX: pip install -e ".[wandb]", or set '
+                      'log.wandb to ""')
   for path, allowed in CHOICES.items():
     if has(config, path) and (value := leaf(config, path)) not in allowed:
       raise ConfigError(f'{path}="{value}" unknown: use one of {", ".join(allowed)}')

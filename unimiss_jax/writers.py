@@ -1,4 +1,6 @@
-"""Metrics on disk: metrics.jsonl always, TensorBoard events where tensorboardX is installed. No TensorFlow."""
+"""Metrics on disk: metrics.jsonl always, TensorBoard events where tensorboardX is installed. No TensorFlow. The same
+numbers and pictures to Weights & Biases where log.wandb names a project."""
+import hashlib
 import json
 import logging
 import math
@@ -15,7 +17,8 @@ class Writer:
   rows carry the index of their step (kept below `first_step`), evaluations the number of steps taken (kept up to it).
   """
 
-  def __init__(self, workdir, first_step: int = 0, tensorboard: bool = True):
+  def __init__(self, workdir, first_step: int = 0, tensorboard: bool = True, project: str = '', config=None):
+    """project: of Weights & Biases, '' = none; config: what it is told of the run."""
     self.path = epath.Path(workdir) / 'metrics.jsonl'
     rows = self.path.read_text().splitlines() if self.path.exists() else []
     kept = [r for r in rows if _belongs(r, first_step)]
@@ -25,6 +28,7 @@ class Writer:
       new.replace(self.path)
     self._file = self.path.open('a')
     self._board = _board(workdir, first_step) if tensorboard else None
+    self._wandb = _wandb(workdir, project, config) if project else None
 
   def write_scalars(self, step: int, scalars: dict, phase: str = '') -> None:
     """One line {"step", "phase", name: value}; a value that is not finite is written as null."""
@@ -36,17 +40,25 @@ class Writer:
       for k, v in scalars.items():
         if math.isfinite(v):
           self._board.add_scalar(f'{k}/{phase}' if phase else k, float(v), int(step))
+    if self._wandb:
+      finite = {f'{k}/{phase}' if phase else k: float(v) for k, v in scalars.items() if math.isfinite(v)}
+      self._wandb.log(finite | {'step': int(step)})
 
   def write_images(self, step: int, images: dict) -> None:
-    """{name: [H, W, 3] uint8}, TensorBoard only (the PNG files are the report's)."""
+    """{name: [H, W, 3] uint8}, not for metrics.jsonl (the PNG files are the report's)."""
     if self._board:
       for k, v in images.items():
         self._board.add_image(k, v, int(step), dataformats='HWC')
+    if self._wandb:
+      import wandb
+      self._wandb.log({k: wandb.Image(v) for k, v in images.items()} | {'step': int(step)})
 
   def close(self) -> None:
     self._file.close()
     if self._board:
       self._board.close()
+    if self._wandb:
+      self._wandb.finish()
 
 
 def _plain(v):
@@ -70,3 +82,19 @@ def _board(workdir, first_step):
     logging.warning('tensorboardX is not installed: metrics go to metrics.jsonl only')
     return None
   return SummaryWriter(str(workdir), purge_step=first_step + 1 if first_step else None)
+
+
+def _wandb(workdir, project: str, config):
+  """The run of this folder there, which a resumed run goes on with: rows since its last checkpoint stand there twice.
+  None where it cannot be begun: training does not wait for it."""
+  import wandb
+  name = str(epath.Path(workdir).resolve())
+  try:
+    run = wandb.init(project=project, dir=str(workdir), name=name.rsplit('/', 1)[-1], resume='allow', config=config,
+                     id=hashlib.sha256(name.encode()).hexdigest()[:16], settings=wandb.Settings(console='off'))
+  except Exception as e:
+    logging.warning('Weights & Biases: no run was begun (%s: %s). FIX: WANDB_MODE=offline keeps it on disk for '
+                    '`wandb sync`', type(e).__name__, e)
+    return None
+  run.define_metric('*', step_metric='step')
+  return run
