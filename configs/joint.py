@@ -1,30 +1,72 @@
 """Joint: clustering of images, then of volumes as sequences of slices; one 2-D encoder.
 
   python main.py --config=configs/joint.py --workdir=runs/joint
+  python main.py --config=configs/joint.py:plain,objective=swav,schedule=baseline_2d --workdir=runs/swav
 
 presets
-  phantom   intra, mask and inter one after the other, on embedded phantoms within minutes on a CPU
-  joint     the same, all three terms in every step
-  swav2d    the baseline: the intra phase alone, nothing of volumes is built
+  phantom         intra, mask and inter one after the other, on embedded phantoms within minutes on a CPU; objective=swav
+  joint           the same, all three terms in every step
+  swav2d          the baseline at that size: the intra phase alone, nothing of volumes is built
+  deepcluster2d   the same, of the other objective
+  plain           sizes and rates of the released code, ResNet-50, its defects mended; made for accelerators
+  reference       with its attention along features and its mask loss
+objective   swav | deepcluster; '' = that of the preset
+schedule    released = intra, mask, inter | no_mask | joint | baseline_2d = intra alone; '' = that of the preset
 """
 from ml_collections import ConfigDict
 
 from configs import common
 
-PRESETS = ('phantom', 'joint', 'swav2d')
+PRESETS = ('phantom', 'joint', 'swav2d', 'deepcluster2d', 'plain', 'reference')
+SCHEDULES = {'released': ('intra', 'mask', 'inter'), 'no_mask': ('intra', 'inter'), 'joint': ('joint',),
+             'baseline_2d': ('intra',)}
+OF_PRESET = {'joint': ('swav', 'joint'), 'swav2d': ('swav', 'baseline_2d'),
+             'deepcluster2d': ('deepcluster', 'baseline_2d'), 'plain': ('deepcluster', 'released'),
+             'reference': ('deepcluster', 'released')}
+EPOCHS = {'intra': 105, 'mask': 100, 'inter': 100, 'joint': 305}      # of the released code
 
 
 def get_config(arg: str | None = None) -> ConfigDict:
-  preset, _ = common.parse_arg(arg, PRESETS)
+  preset, given = common.parse_arg(arg, PRESETS, objective='', schedule='')
+  objective, schedule = OF_PRESET.get(preset, ('swav', 'released'))
+  objective, schedule = given['objective'] or objective, given['schedule'] or schedule
+  if schedule not in SCHEDULES:
+    raise ValueError(f'schedule={schedule} unknown: use one of {", ".join(SCHEDULES)}')
   c = base()
   c.preset = preset
-  if preset == 'joint':
-    c.joint.update(dict(phases=('joint',), shares=(1.,)))
-  if preset == 'swav2d':
-    c.joint.update(dict(phases=('intra',), shares=(1.,)))
+  shares = {'intra': 0.5, 'mask': 0.2, 'inter': 0.3, 'joint': 1.}
+  if preset in ('plain', 'reference'):
+    paper(c, objective, schedule)
+    shares = EPOCHS
+  if preset == 'reference':
+    c.joint.inter.update(dict(axis='feature', sampler='collapse'))
+    c.joint.mask_loss = 'released'
+  phases = SCHEDULES[schedule]
+  total = sum(shares[p] for p in phases)
+  c.joint.update(dict(objective=objective, phases=phases, shares=tuple(shares[p] / total for p in phases)))
+  if schedule == 'baseline_2d':
     c.phases.ct = 0
     c.eval.tasks = ()
   return c.lock()
+
+
+def paper(c: ConfigDict, objective: str, schedule: str) -> None:
+  """Sizes and rates of the released code. Its phases are so many epochs of their own data; here they are shares of the
+  steps, and an epoch is one of the CT."""
+  phases, swav = SCHEDULES[schedule], objective == 'swav'
+  c.steps, c.epochs = 0, sum(EPOCHS[p] for p in phases)
+  c.data.phantom_records = 3072                 # k-means wants no fewer samples than clusters
+  c.batch.update(dict(ct=12 if swav else 8, xray=128))
+  c.model = ConfigDict(dict(name='resnet50', in_channels=(3, 1), image_size=224, dtype='float32', remat='blocks'))
+  c.head.update(dict(out_dim=3000, hidden_dim=2048, bottleneck_dim=128))
+  c.views.ct.update(dict(size=(64, 128, 128)))
+  c.views.xray.update(dict(size=224, scale=(0.14, 1.0) if swav else (0.08, 1.0), resize='bicubic'))
+  c.joint.update(dict(width=640, prototypes=3000, image_clusters=(3000,) * 3, volume_clusters=(4,) * 3,
+                      freeze_prototypes=313,
+                      rates=tuple(1. if p in ('intra', 'joint') else 0.01 / 0.15 for p in phases)))
+  c.joint.inter.update(dict(layers=4, hidden=720, heads=8, head_dim=64, groups=8, slices=64))
+  c.optim.update(dict(lr=0.15, warmup_epochs=0.1 * c.epochs))
+  c.checkpoint.every, c.log.every = 1000, 50
 
 
 def base() -> ConfigDict:
@@ -34,12 +76,17 @@ def base() -> ConfigDict:
   c.steps = 600
   c.batch.update(dict(ct=8, xray=16))
   c.joint = ConfigDict(dict(
+      objective='swav',           # swav | deepcluster
       phases=('intra', 'mask', 'inter'), shares=(0.5, 0.2, 0.3),    # in this order; shares of the steps
+      rates=(),                   # of each phase: factor of optim.lr; () = 1
       width=64,                   # of slice embeddings and Transformer; 640 in the released code
       inter=dict(layers=2, hidden=72, kind='dat', axis='slice', sampler='interp', heads=4, head_dim=16, groups=4,
                  downsample=4, dropout=0.1, final_dropout=True, slices=16),    # see models/deformable.py
       mask_ratio=0.1,             # of the slices; the rest as in the released code
-      prototypes=4,               # of volumes; those of images are head.out_dim
+      mask_loss='masked_only',    # masked_only | released: over all slices
+      prototypes=4,               # swav: of volumes; those of images are head.out_dim
+      image_clusters=(16, 16, 16), volume_clusters=(4, 4, 4),       # deepcluster: one head each
+      kmeans_rounds=10,
       temp=0.1, eps=0.05, rounds=3,
       freeze_prototypes=20,       # steps at the start of a phase
   ))
@@ -51,8 +98,8 @@ def base() -> ConfigDict:
   c.views.ct.update(dict(size=(16, 64, 64), extent='record', precrop=(0., 0.), scale=(0.7, 1.0), resize='area',
                          aug_unit='volume'))
   c.views.xray.update(dict(size=64, scale=(0.5, 1.0), resize='area'))
-  c.optim.update(dict(name='larc', lr=0.5, lr_reference_batch=0, min_lr=0., warmup_epochs=1., weight_decay=1e-6,
-                      weight_decay_end=1e-6))
+  c.optim.update(dict(name='larc', lr=0.5, lr_reference_batch=0, min_lr=0., weight_decay=1e-6, weight_decay_end=1e-6,
+                      warmup_epochs=1.))    # of every phase, as its share of the run
   c.eval.tasks = ('knn',)
   c.checkpoint.every = 200
   c.log.every = 20

@@ -14,7 +14,8 @@ from typing import NamedTuple
 
 import jax
 
-from unimiss_jax import __version__, processes, workdir
+from unimiss_jax import __version__, processes, sharding, validate, workdir
+from unimiss_jax.optim import named_leaves
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 SOURCES = 'unimiss_jax', 'data_pipelines'
@@ -103,6 +104,30 @@ def check_memory(read_ahead: int) -> None:
   if free is not None and here > free:
     logging.warning('%sbatches read ahead take up to %.1f GB, %.1f GB are free on this host. FIX: lower data.workers '
                     'or batch.*', processes.me(), here / 1e9, free / 1e9)
+
+
+def check_state(state) -> None:
+  """Raises ConfigError, with the numbers, where the state alone exceeds what the devices have free.
+
+  Args:
+    state: tree of jax.ShapeDtypeStruct with shardings.
+  """
+  need, free = sharding.bytes_per_device(state), device_memory()
+  if free is None or need <= free:
+    return
+  name, x = max(named_leaves(state).items(), key=lambda item: sharding.bytes_per_device(item[1]))
+  raise validate.ConfigError(
+      f'the state takes {need / 1e9:.3g} GB a device, {free / 1e9:.3g} GB are free; the largest part is {name} '
+      f'{x.shape}, {sharding.bytes_per_device(x) / 1e9:.3g} GB. FIX: use more devices, or make that part smaller')
+
+
+def device_memory() -> int | None:
+  """Bytes of one local device; of a CPU, its share of what the host has left. None where it is not known."""
+  device = jax.local_devices()[0]
+  if device.platform != 'cpu':
+    return (device.memory_stats() or {}).get('bytes_limit')
+  free = free_memory()
+  return free and free // jax.local_device_count()
 
 
 def free_memory(meminfo=MEMINFO, cgroup=CGROUP) -> int | None:

@@ -18,5 +18,11 @@ def own(state):
   return jax.tree.map(jnp.copy, state)
 
 
+def restarted(state: TrainState) -> TrainState:
+  """With an optimiser that has not moved yet: moments and counters of every group start as zeros."""
+  zeros = jax.tree.map(lambda x: jnp.zeros_like(x, device=x.sharding), state.opt_state['groups'])
+  return state._replace(opt_state=state.opt_state | {'groups': zeros})
+
+
 def parameters(tree) -> int:
   return sum(x.size for x in jax.tree.leaves(tree))

@@ -15,7 +15,7 @@ def schedules(config, method):
   batch = config.batch.ct if config.phases.ct else config.batch.xray
   ratio = batch / o.lr_reference_batch if o.lr_reference_batch else 1.
   lr = o.lr * (ratio**.5 if o.lr_scaling == 'sqrt' else ratio)
-  place, total, until = timeline(method)
+  place, total, until, factor = timeline(method)
   at_place = lambda schedule: lambda step: schedule(place(step))
   if o.schedule == 'cosine':
     rates = optim.cosine_schedule(lr, o.min_lr, total, min(until(o.warmup_epochs), total - 1))
@@ -24,7 +24,8 @@ def schedules(config, method):
     rates = optim.poly_schedule(lr, total, hold=hold)
   else:
     rates = optim.constant_schedule(lr)
-  return at_place(rates), at_place(optim.cosine_schedule(o.weight_decay, o.weight_decay_end, total, 0))
+  rate = lambda step: rates(place(step)) * factor(step)
+  return rate, at_place(optim.cosine_schedule(o.weight_decay, o.weight_decay_end, total, 0))
 
 
 def make_init(config, method, optimiser):

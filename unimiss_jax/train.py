@@ -39,7 +39,7 @@ from unimiss_jax.observer import Observer
 from unimiss_jax.progress import Cost, Progress, Stopwatch, clock, idle, logged_steps
 from unimiss_jax.report import summary
 from unimiss_jax.report.live import Live
-from unimiss_jax.state import own, parameters
+from unimiss_jax.state import own, parameters, restarted
 from unimiss_jax.watchdog import Watchdog
 from unimiss_jax.writers import EVAL, Writer
 
@@ -149,6 +149,7 @@ class Run:
     key = jax.random.key(config.seed)
     abstract = jax.eval_shape(init, key, {})
     placed = sharding.shardings(abstract, self.mesh)
+    processes.together(lambda: preflight.check_state(checkpoint.template(abstract, placed)))
     self.checkpoints = checkpoint.Checkpoints(checkpoint.absolute(folder) / 'checkpoints', config.checkpoint.keep)
     self.best = Best(checkpoint.absolute(folder) / 'best', config.eval) if config.eval.select else None
     self.template = template = checkpoint.template(abstract, placed)
@@ -238,6 +239,7 @@ class Run:
     for i in range(start, start if over(start) else total):
       name, after = plan[i], i + 1
       positions = {n: s.position() for n, s in self.streams.items()}
+      self.between(i)
       self.state, metrics = steps[name](self.state, batch)
       given = batch
       fetched = fetcher.submit(self.take, plan[after]) if after < total else None
@@ -290,6 +292,19 @@ class Run:
     """The next batch of a phase, on the devices."""
     rows = {s: self.streams[s].next() for s in self.method.phases[phase].streams}
     return sharding.to_devices(rows, self.mesh)
+
+  def between(self, i):
+    """What is due before step i, the first one of an epoch or phase. It is no part of the checkpoint of step i."""
+    phase, boundary = self.method.schedule(i)
+    if boundary == ('phase', phase) and self.method.phases[phase].fresh_optimiser:
+      self.state = restarted(self.state)
+    if boundary and self.method.between:
+      self.state = self.method.between(self.state, i, self.read, boundary)
+
+  def read(self, stream):
+    """One pass over the records of a stream, on the devices, see Stream.fresh; the training position stays."""
+    for rows in self.streams[stream].fresh(self.config.batch[stream]):
+      yield sharding.to_devices(rows, self.mesh)
 
   def settle(self, i, phase, metrics, waited, batch, logged):
     """Counts step i, and tells what is to be told of it."""

@@ -243,7 +243,7 @@ def _model(config) -> None:
   if len(config.views.ct.size) != 3:
     raise ConfigError(f'views.ct.size={tuple(config.views.ct.size)}: needs 3 numbers, D, H, W')
   model = made(models.build, m)
-  sizes = {'model.image_size': (m.image_size,) * 2, 'model.volume_size': m.volume_size,
+  sizes = {'model.image_size': (m.image_size,) * 2, 'model.volume_size': m.get('volume_size', config.views.ct.size),
            'views.ct.size': config.views.ct.size, 'views.drr.size': (config.views.drr.size,) * 2,
            'views.xray.size': (config.views.xray.size,) * 2}
   for term in SLICE_LOSSES:

@@ -144,23 +144,24 @@ def kmeans(memory, valid, init, iters: int, axis_name=None):
 
 
 def seed_rows(key, memory, valid, k: int):
-  """k distinct valid rows of the whole bank, to start k-means from: [N, D], [N] -> [k, D].
+  """k distinct valid rows of the whole bank, to start k-means from: [*N, D], [*N] -> [k, D].
 
   The draw depends on the rows' places alone, so that it is the same however many devices hold them.
   """
   order = jnp.where(valid, jax.random.uniform(key, valid.shape), -1.)
-  return memory[jax.lax.top_k(order, k)[1]]
+  return memory[jnp.unravel_index(jax.lax.top_k(order.ravel(), k)[1], valid.shape)]
 
 
 def scatter_assign(ids, clusters, size: int):
-  """Table [size] int32 from sample id to cluster; ids that have no row are UNSEEN.
+  """Table [size] int32 from sample id to the cluster of its last row; ids that have no row are UNSEEN.
 
   Args:
-    ids, clusters: [N], the whole bank; UNSEEN rows (padding) are left out.
+    ids, clusters: [N], the whole bank in the order of the visits; UNSEEN rows (padding) are left out.
     size: number of samples; ids are unique over all data sets.
   """
   place = jnp.where(clusters == UNSEEN, size, ids)         # beyond the table: dropped
-  return jnp.full(size, UNSEEN, jnp.int32).at[place].set(clusters.astype(jnp.int32), mode='drop')
+  last = jnp.full(size, -1, jnp.int32).at[place].max(jnp.arange(len(ids), dtype=jnp.int32), mode='drop')
+  return jnp.where(last < 0, UNSEEN, clusters.astype(jnp.int32)[last])
 
 
 def _wide(x):

@@ -20,6 +20,7 @@ class Phase(NamedTuple):
   update: Callable               # (group, step) -> SKIP | ZERO | TRAIN, traceable
   chance: Mapping[str, float]    # metric name -> its value for a model that knows nothing
   couples_samples: bool = False  # a loss over pairs of samples: refuses optim.accum > 1
+  fresh_optimiser: bool = False  # moments and counters start anew where the phase begins
 
 
 class Timeline(NamedTuple):
@@ -27,13 +28,15 @@ class Timeline(NamedTuple):
   place: Callable                # step -> place; traceable
   total: int                     # places that the schedules are laid out over
   until: Callable                # epochs, may be a fraction -> places
+  factor: Callable = lambda step: 1.    # step -> what the learning rate of its place is multiplied by
 
 
 class Method(NamedTuple):
   init: Callable                 # (key, params=None) -> (params, extra); params: start from these instead
   groups: Callable               # parameter name -> group; 'fixed' is never trained
   phases: Mapping[str, Phase]
-  schedule: Callable             # step -> (phase name, boundary or None): pure, all processes agree
+  schedule: Callable             # step -> (phase name, boundary or None): pure, all processes agree;
+                                 # ('phase', name) at the first step of a phase, ('epoch', n) of an epoch
   post: Callable                 # (params, extra, aux, step) -> extra, after the optimiser
   weights: Mapping[str, Callable]   # 'student', 'teacher': (params, extra) -> weights
   predict: Mapping[str, Callable]   # 'embed', 'project' (of embeddings), ...: (weights, extra, batch) -> arrays
@@ -42,6 +45,8 @@ class Method(NamedTuple):
   rate: Callable = lambda group: 1.    # group -> factor of the learning rate
   given: Callable = dict         # () -> {parameter name: array} that a new run starts from, beside init_from
   timeline: Timeline | None = None     # None: places are steps
+  between: Callable | None = None      # (state, step, read, boundary) -> state, before the first step of an epoch or
+                                       # phase, after any save; read(stream): one pass over its records, see Run.read
 
 
 def timeline(method: Method) -> Timeline:

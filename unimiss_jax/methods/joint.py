@@ -1,12 +1,17 @@
 """Joint: intra-inter contrastive clustering of images and of volumes as sequences of slices (Nguyen et al. 2023).
 
-intra   swapped prediction (SwAV) between two views of an image
+intra   clustering of views of an image
 mask    hidden slice embeddings are predicted by a Transformer over the slices, the slice encoder stands still
-inter   swapped prediction between two views of a volume, the unit mean of the Transformer's tokens
+inter   clustering of views of a volume, the unit mean of the Transformer's tokens
 joint   all three in one step
-A run is a list of them with their shares of the steps (`joint.phases`, `joint.shares`). The slice encoder is the 2-D
-branch of the backbone. Without `mask`, `inter` and `joint` nothing of the Transformer is built: plain 2-D SwAV.
+A run is a list of them with their shares of the steps (`joint.phases`, `joint.shares`); each starts with a fresh
+optimiser and has the whole schedule. `joint.objective`: swav = swapped prediction with Sinkhorn codes; deepcluster =
+cross-entropy to k-means clusters of the last epoch (`clusters.py`), an epoch being a pass over the term's own stream.
+The slice encoder is the 2-D branch of a MiT+, or a ResNet, whose batch statistics lie in `extra`. Without `mask`,
+`inter` and `joint` nothing of the Transformer is built: the plain 2-D baselines.
 """
+import functools
+import importlib
 import itertools
 import logging
 import math
@@ -14,11 +19,13 @@ import math
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from unimiss_jax import models
-from unimiss_jax.losses import clustering, contrastive, reconstruction
-from unimiss_jax.methods.base import Method, Phase, view_keys, weighted
-from unimiss_jax.models import deformable
+from unimiss_jax.losses import clustering, contrastive
+from unimiss_jax.methods import clusters
+from unimiss_jax.methods.base import Aux, Method, Phase, Timeline, view_keys, weighted
+from unimiss_jax.models import deformable, resnet
 from unimiss_jax.models.heads import DINOHead, Prototypes
 from unimiss_jax.optim import SKIP, TRAIN
 
@@ -26,54 +33,68 @@ TERMS = {'intra': ('intra',), 'mask': ('mask',), 'inter': ('inter',), 'joint': (
 STREAM = {'intra': 'xray', 'mask': 'ct', 'inter': 'ct'}
 TRAINS = {'intra': ('encoder', 'head', 'head_prototypes'), 'mask': ('inter', 'mask'),
           'inter': ('encoder', 'slice', 'inter', 'prototypes')}
+MASK_LOSS = {'masked_only': 'unimiss_jax.losses.reconstruction', 'released': 'unimiss_jax.losses.reference'}
 
 
 def make(config, data) -> Method:
   j, batch = config.joint, config.batch
-  check(config)
+  records = {name: data[name][0] for name in data}
   leading = next(iter(data))                  # CT, where there is CT
-  steps_per_epoch = max(data[leading][0] // batch[leading], 1)
+  steps_per_epoch = max(records[leading] // batch[leading], 1)
   total = config.steps or config.epochs * steps_per_epoch
   starts = [round(total * s) for s in itertools.accumulate((0., *j.shares))][:-1]
+  check(config, records)
   begins = dict(zip(j.phases, starts))
   terms_of_run = {t for p in j.phases for t in TERMS[p]}
-  volumes = bool(terms_of_run & {'mask', 'inter'})
+  volumes, deep = bool(terms_of_run & {'mask', 'inter'}), j.objective == 'deepcluster'
 
   model = models.build(config.model)
-  head = DINOHead(config.head.out_dim, config.head.hidden_dim, config.head.bottleneck_dim,
-                  linear_init=config.model.init, dtype=config.model.dtype)
-  widths = config.model.embed_dims[2:]
+  counts_batches = isinstance(model, resnet.ResNet)
+  widths = model.embed_dims[-4:]
+  head = DINOHead(config.head.out_dim, config.head.hidden_dim, config.head.bottleneck_dim, last_layer=not deep,
+                  linear_init=config.model.get('init', 'fan_in'), dtype=config.model.dtype)
   inter = deformable.InterEncoder(dtype=jnp.dtype(config.model.dtype), **j.inter)
-  new = {'head': (head, (1, config.model.embed_dims[-1]))}
+  new = {}
+  if 'intra' in terms_of_run:
+    new['head'] = head, (1, widths[-1])
   if volumes:
-    new |= {'slice': (nn.Dense(j.width), (1, sum(widths) + widths[-1])), 'inter': (inter, (1, 4, j.width))}
+    slices_given = j.inter.slices if j.inter.axis == 'feature' else j.inter.downsample
+    new |= {'slice': (nn.Dense(j.width), (1, sum(widths) + widths[-1])), 'inter': (inter, (1, slices_given, j.width))}
   if 'mask' in terms_of_run:
     new['mask'] = deformable.MaskedSlices(j.width), (1, 1, j.width)
-  if 'inter' in terms_of_run:
+  if 'inter' in terms_of_run and not deep:
     new['prototypes'] = Prototypes(j.prototypes), (1, j.width)
+  banks = {'intra': (config.head.bottleneck_dim, j.image_clusters), 'inter': (j.width, j.volume_clusters)}
+  banks = {t: b for t, b in banks.items() if deep and t in terms_of_run}
+  turns = {t: clusters.turns(records[STREAM[t]], batch[STREAM[t]]) for t in banks}
 
   def init(key, params=None):
     if params is None:
       keys = jax.random.split(key, len(new) + 1)
       params = {'backbone': models.init_params(model, keys[0])}
       params |= {name: m.init(k, jnp.zeros(shape))['params'] for k, (name, (m, shape)) in zip(keys[1:], new.items())}
-    return params, {}
+    extra = {t: clusters.empty(records[STREAM[t]], batch[STREAM[t]], *b) for t, b in banks.items()}
+    return params, extra | ({'batch_stats': resnet.first_statistics(model)} if counts_batches else {})
 
   def of(name, params, x, **given):
     return new[name][0].apply({'params': params[name]}, x, **given)
 
-  def images(params, x, keys=None):
-    """x [B, V, H, W, C] -> what the backbone makes of them, [B * V, ...]."""
-    return model.apply({'params': params['backbone']}, x.reshape(-1, *x.shape[2:]), train=keys is not None,
-                       decode=False, row_keys=None if keys is None else keys.reshape(-1))
+  def images(params, extra, x, keys=None):
+    """x [B, V, H, W, C] -> what the backbone makes of them, [B * V, ...], and the batch statistics after it."""
+    x, keys = x.reshape(-1, *x.shape[2:]), None if keys is None else keys.reshape(-1)
+    stats = {'batch_stats': extra['batch_stats']} if counts_batches else {}
+    given = dict(train=keys is not None, decode=False, row_keys=keys)
+    if stats and keys is not None:
+      return model.apply({'params': params['backbone']} | stats, x, mutable=['batch_stats'], **given)
+    return model.apply({'params': params['backbone']} | stats, x, **given), stats
 
-  def slices(params, x, keys=None):
-    """Volumes x [B, V, D, H, W, 1] -> embeddings of their slices [B, V, D, width]; keys [B, V]."""
+  def slices(params, extra, x, keys=None):
+    """Volumes x [B, V, D, H, W, 1] -> embeddings of their slices [B, V, D, width], and statistics; keys [B, V]."""
     b, v, d = x.shape[:3]
     keys = None if keys is None else jax.vmap(lambda k: jax.random.split(k, d))(keys.reshape(-1))
     flat = jnp.repeat(x.reshape(b * v, d, *x.shape[3:]), 3, -1)
-    z = deformable.pooled_levels(images(params, flat, keys).pyramid[2:])
-    return of('slice', params, z).reshape(b, v, d, -1)
+    out, stats = images(params, extra, flat, keys)
+    return of('slice', params, deformable.pooled_levels(out.pyramid[-4:])).reshape(b, v, d, -1), stats
 
   def features(params, z, key=None):
     """[B, V, D, width] -> unit features of the volumes [B, V, width]."""
@@ -81,39 +102,55 @@ def make(config, data) -> Method:
     tokens = of('inter', params, flat, train=key is not None, rngs={} if key is None else {'dropout': key})
     return deformable.volume_feature(tokens).reshape(*z.shape[:2], -1)
 
-  def swapped(logits):
-    """[B, V, K] -> loss."""
-    return clustering.swapped_loss(logits.swapaxes(0, 1), range(logits.shape[1]), j.temp, j.eps, j.rounds)[0]
-
-  def intra(params, rows, key):
+  def unit_images(params, extra, rows, key):
+    """What is clustered: unit [B, V, bottleneck], and statistics."""
     x = rows['xray']
-    z = images(params, x, view_keys(rows['rng'], x.shape[1])).embedding
-    z = of('head', params, z, method='project')
+    out, stats = images(params, extra, x, view_keys(rows['rng'], x.shape[1]))
+    z = of('head', params, out.embedding, method='project')
     z = deformable.unit(contrastive.standardize(z) if config.head.batch_standardize else z)
-    return swapped(of('head', params, z, method='cosines').reshape(*x.shape[:2], -1))
+    return z.reshape(*x.shape[:2], -1), stats
 
-  def mask(params, rows, key):
-    z = jax.lax.stop_gradient(slices(params, rows['ct']))
+  def unit_volumes(params, extra, rows, key):
+    """What is clustered: unit [B, V, width], and statistics."""
+    x = rows['ct']
+    z, stats = slices(params, extra, x, view_keys(rows['rng'], x.shape[1]))
+    return features(params, z, key), stats
+
+  units = {'intra': unit_images, 'inter': unit_volumes}
+
+  def clustered(term, params, extra, rows, key):
+    """-> loss, batch statistics, {term: rows of its bank}."""
+    z, stats = units[term](params, extra, rows, key)
+    if deep:
+      return clusters.loss(extra[term], z, rows['id'], j.temp), stats, {term: (z[:, :clusters.CROPS], rows['id'])}
+    logits = of('head', params, z, method='cosines') if term == 'intra' else of('prototypes', params, z)
+    loss, _ = clustering.swapped_loss(logits.swapaxes(0, 1), range(z.shape[1]), j.temp, j.eps, j.rounds)
+    return loss, stats, {}
+
+  def mask(params, extra, rows, key):
+    z = jax.lax.stop_gradient(slices(params, extra, rows['ct'])[0])
     b, v, d = z.shape[:3]
     draw = lambda k: deformable.draw_mask(k, jnp.ones(d, bool), j.mask_ratio)
     hidden = jax.vmap(draw)(view_keys(rows['rng'], 1)[:, 0])           # [B, D], both views alike
     given = of('mask', params, z, mask=jnp.broadcast_to(hidden[:, None], z.shape[:3]), method='hide')
     tokens = of('inter', params, given.reshape(b * v, d, -1), train=True, rngs={'dropout': key})
     pred = of('mask', params, tokens).reshape(z.shape)
-    return reconstruction.masked_slices(pred.swapaxes(0, 1), z.swapaxes(0, 1), hidden)
+    loss = importlib.import_module(MASK_LOSS[j.mask_loss]).masked_slices
+    return loss(pred.swapaxes(0, 1), z.swapaxes(0, 1), hidden), {}, {}
 
-  def volume(params, rows, key):
-    x = rows['ct']
-    z = slices(params, x, view_keys(rows['rng'], x.shape[1]))
-    return swapped(of('prototypes', params, features(params, z, key)))
-
-  losses = {'intra': intra, 'mask': mask, 'inter': volume}
-  chances = {'intra': math.log(config.head.out_dim), 'inter': math.log(j.prototypes)}
+  losses = {'mask': mask} | {t: functools.partial(clustered, t) for t in units}
+  even = lambda counts: sum(map(math.log, counts)) / len(counts)
+  chances = {'intra': even(j.image_clusters if deep else (config.head.out_dim,)),
+             'inter': even(j.volume_clusters if deep else (j.prototypes,))}
 
   def phase(name):
     def loss(params, extra, rows, key, step):
       keys = dict(zip(TERMS['joint'], jax.random.split(key, 3)))
-      return weighted({f'{t}_loss': (1., losses[t](params, rows[STREAM[t]], keys[t])) for t in TERMS[name]}, {}, {})
+      found = {t: losses[t](params, extra, rows[STREAM[t]], keys[t]) for t in TERMS[name]}
+      value, aux = weighted({f'{t}_loss': (1., found[t][0]) for t in found}, {}, {})
+      stats = [s for _, s, _ in found.values() if s]
+      mean = jax.tree.map(lambda *x: sum(x) / len(x), *stats) if stats else {}
+      return value, Aux(mean, dict(kv for *_, kept in found.values() for kv in kept.items()), aux.metrics)
 
     def update(group, step):
       if not any(group in TRAINS[t] for t in TERMS[name]):
@@ -121,47 +158,117 @@ def make(config, data) -> Method:
       return jnp.where(step < begins[name] + j.freeze_prototypes, SKIP, TRAIN) if 'prototypes' in group else TRAIN
     streams = {STREAM[t]: batch[STREAM[t]] for t in TERMS[name]}
     chance = {f'train/{t}_loss': chances[t] for t in TERMS[name] if t in chances}
-    return Phase(streams, loss, update, chance, couples_samples=name != 'mask')
+    return Phase(streams, loss, update, chance, couples_samples=name != 'mask', fresh_optimiser=True)
+
+  def place(step):
+    """(number of the phase, step since it began)."""
+    xp = jnp if isinstance(step, jax.Array) else np
+    at = (xp.asarray(step)[..., None] >= xp.asarray(starts)).sum(-1) - 1
+    return at, step - xp.asarray(starts)[at]
+
+  def stretched(step):
+    """Every phase has the whole schedule: its steps are laid over all places."""
+    at, inside = place(step)
+    xp = jnp if isinstance(step, jax.Array) else np
+    return xp.floor(inside * xp.asarray(total / np.maximum(np.diff([*starts, total]), 1))[at])
+
+  def factor(step):
+    """Of the learning rate, in the phase of this step."""
+    xp = jnp if isinstance(step, jax.Array) else np
+    return xp.asarray(j.rates or (1.,) * len(starts))[place(step)[0]]
+
+  def due(step):
+    """Terms whose epoch begins at this step."""
+    at, inside = place(step)
+    return [t for t in TERMS[j.phases[at]] if t in turns and inside % turns[t] == 0]
 
   def schedule(step):
-    at = max(i for i, start in enumerate(starts) if start <= step)
-    return j.phases[at], None if step % steps_per_epoch else ('epoch', step // steps_per_epoch)
+    name = j.phases[place(step)[0]]
+    if step == begins[name]:
+      return name, ('phase', name)
+    return name, ('epoch', step // steps_per_epoch) if step % steps_per_epoch == 0 or due(step) else None
+
+  def post(params, extra, aux, step):
+    extra, inside = extra | aux.mean, place(step)[1]
+    return extra | {t: clusters.write(extra[t], *kept, inside % turns[t]) for t, kept in aux.rows.items()}
+
+  @functools.partial(jax.jit, static_argnums=0, donate_argnums=2)
+  def filled(term, params, bank, others, rows, key, turn):
+    z, _ = units[term](params, others, rows, key)
+    return clusters.write(bank, z[:, :clusters.CROPS], rows['id'], turn)
+
+  def between(state, step, read, boundary):
+    """Clusters of the last epoch; before the first one of a phase the bank is filled by a pass without training."""
+    extra, key = state.extra, jax.random.fold_in(jax.random.key(config.seed), step)
+    for t in due(step):
+      bank, others = extra[t], {k: x for k, x in extra.items() if k == 'batch_stats'}
+      if boundary[0] == 'phase':
+        at = jax.tree.map(lambda x: x.sharding, bank)
+        bank = jax.tree.map(jnp.copy, bank)
+        for turn, rows in enumerate(read(STREAM[t])):
+          bank = filled(t, state.params, bank, others, rows, jax.random.fold_in(key, turn), turn)
+        bank = jax.device_put(bank, at)
+      extra = extra | {t: clusters.renewed(bank, key, j.kmeans_rounds)}
+    return state._replace(extra=extra)
 
   def groups(name):
     part, _, rest = name.partition('/')
     if part == 'backbone':
-      return 'encoder' if rest.startswith('transformer/') and '3D' not in rest else 'fixed'
+      return 'encoder' if counts_batches or rest.startswith('transformer/') and '3D' not in rest else 'fixed'
     if name.endswith('weight_g'):
       return 'fixed'
     return 'head_prototypes' if 'last_layer' in name else part
 
   def embed(weights, extra, rows):
     """{'ct': [B, V, ...], 'drr', 'xray': those present} -> the same names with [B, V, E]."""
-    flat = lambda x: images(weights, x).embedding.reshape(*x.shape[:2], -1)
-    return {k: features(weights, slices(weights, x)) if k == 'ct' else flat(x) for k, x in rows.items()
+    flat = lambda x: images(weights, extra, x)[0].embedding.reshape(*x.shape[:2], -1)
+    return {k: features(weights, slices(weights, extra, x)[0]) if k == 'ct' else flat(x) for k, x in rows.items()
             if k != 'ct' or volumes}
 
   return Method(
-      init=init, groups=groups, phases={n: phase(n) for n in dict.fromkeys(j.phases)}, schedule=schedule,
-      post=lambda params, extra, aux, step: extra, weights={'student': lambda params, extra: params},
-      predict={'embed': embed}, total_steps=total, steps_per_epoch=steps_per_epoch)
+      init=init, groups=groups, phases={n: phase(n) for n in dict.fromkeys(j.phases)}, schedule=schedule, post=post,
+      weights={'student': lambda params, extra: params}, predict={'embed': embed}, total_steps=total,
+      steps_per_epoch=steps_per_epoch, between=between if banks else None,
+      timeline=Timeline(stretched, total, lambda epochs: int(round(epochs * steps_per_epoch)), factor))
 
 
-def check(config) -> None:
+def check(config, records: dict) -> None:
   """Raises ValueError for phases that cannot be; warns of codes that must be almost even."""
-  j = config.joint
+  j, size = config.joint, config.views.ct.size
+  for leaf, known in (('objective', ('swav', 'deepcluster')), ('mask_loss', tuple(MASK_LOSS))):
+    if j[leaf] not in known:
+      raise ValueError(f'joint.{leaf}="{j[leaf]}" unknown: use one of {", ".join(known)}')
   if unknown := set(j.phases) - set(TERMS):
     raise ValueError(f'joint.phases: "{min(unknown)}" unknown: use some of {", ".join(TERMS)}')
   if len(set(j.phases)) != len(j.phases) or len(j.phases) != len(j.shares) or abs(sum(j.shares) - 1) > 1e-6:
     raise ValueError(f'joint.phases={tuple(j.phases)}, joint.shares={tuple(j.shares)}: every phase comes once and has '
                      'a share of the steps, together 1')
-  streams = {STREAM[t] for p in j.phases for t in TERMS[p]}
+  if j.rates and len(j.rates) != len(j.phases):
+    raise ValueError(f'joint.rates={tuple(j.rates)}: one for each of joint.phases={tuple(j.phases)}, or ()')
+  terms = {t for p in j.phases for t in TERMS[p]}
+  streams = {STREAM[t] for t in terms}
   for s in ('ct', 'xray'):
     if bool(config.phases[s]) != (s in streams):
       raise ValueError(f'phases.{s}={config.phases[s]}: with joint.phases={tuple(j.phases)} it must be '
                        f'{int(s in streams)}')
+  if 'ct' in streams and j.inter.kind == 'dat':
+    leaf, length = ('views.ct.size', size[0]) if j.inter.axis == 'slice' else ('joint.width', j.width)
+    step = j.inter.downsample
+    if length % step:
+      what = f'{length} slices of views.ct.size={tuple(size)}' if leaf != 'joint.width' else f'joint.width={length}'
+      raise ValueError(f'{what} are no multiple of joint.inter.downsample={step}: use {length // step * step or step} '
+                       f'or {-(-length // step) * step}')
+  if 'ct' in streams and j.inter.axis == 'feature' and j.inter.slices != size[0]:
+    raise ValueError(f'joint.inter.axis="feature" is made for joint.inter.slices={j.inter.slices}, views.ct.size='
+                     f'{tuple(size)} has {size[0]}: let them be equal')
+  if j.objective == 'deepcluster':
+    for leaf, term in (('image_clusters', 'intra'), ('volume_clusters', 'inter')):
+      if term in terms and (not j[leaf] or not 0 < max(j[leaf]) <= records[STREAM[term]]):
+        raise ValueError(f'joint.{leaf}={tuple(j[leaf])}: a number for every head, none above the '
+                         f'{records[STREAM[term]]} records of data.{STREAM[term]}')
+    return
   for leaf, term, k in (('head.out_dim', 'intra', config.head.out_dim), ('joint.prototypes', 'inter', j.prototypes)):
     b = config.batch[STREAM[term]]
-    if any(term in TERMS[p] for p in j.phases) and k > b:
+    if term in terms and k > b:
       logging.warning('%s=%d prototypes for batch.%s=%d: none gets a whole sample, so that the codes are almost even. '
                       'FIX: at most %d prototypes, or a larger batch', leaf, k, STREAM[term], b, b)

@@ -48,22 +48,22 @@ class ResNet(nn.Module):
   Attributes:
     depths: bottlenecks of the four stages; the default is ResNet-50.
     width: channels of the stem; the stages put out 4, 8, 16 and 32 times as many.
-    in_channels: of the images.
+    in_channels: of the images; the other number, of volumes, is not looked at.
     image_size: for which `input_shapes` answers; any size of at least 32 works.
     dtype: of the activations.
     remat: what the backward pass computes again instead of keeping it: '' nothing | 'blocks'.
   """
   depths: tuple = (3, 4, 6, 3)
   width: int = 64
-  in_channels: int = 3
+  in_channels: tuple = (3, 1)
   image_size: int = 224
   dtype: Any = jnp.float32
   remat: str = ''
 
   @nn.compact
-  def __call__(self, x, train: bool = False, decode: bool = False):
-    if x.ndim != 4 or min(x.shape[1:3]) < 32 or x.shape[-1] != self.in_channels:
-      raise ValueError(f'input of shape {x.shape}: a ResNet takes images [B, H, W, {self.in_channels}] of at least '
+  def __call__(self, x, train: bool = False, decode: bool = False, row_keys=None):      # nothing is drawn
+    if x.ndim != 4 or min(x.shape[1:3]) < 32 or x.shape[-1] != self.in_channels[0]:
+      raise ValueError(f'input of shape {x.shape}: a ResNet takes images [B, H, W, {self.in_channels[0]}] of at least '
                        '32 x 32; volumes go through it slice by slice')
     if self.remat not in REMAT:
       raise ValueError(f'model.remat={self.remat!r} of a ResNet: known are {", ".join(map(repr, REMAT))}')
@@ -79,8 +79,18 @@ class ResNet(nn.Module):
       maps.append(x)
     return MiTOutput(x.astype(wide(self.dtype)).mean((1, 2)), tuple(maps), None)
 
+  @property
+  def embed_dims(self) -> tuple:
+    """Channels of the maps."""
+    return (self.width, *(4 * self.width * 2**i for i in range(len(self.depths))))
+
+  def check(self, size, channels: int):
+    """Raises ValueError for slices or images that are too small."""
+    if min(size[-2:]) < 32:
+      raise ValueError(f'input size {tuple(size)}: a ResNet takes images of at least 32 x 32')
+
   def input_shapes(self) -> tuple:
-    return ((1, self.image_size, self.image_size, self.in_channels),)
+    return ((1, self.image_size, self.image_size, self.in_channels[0]),)
 
   def initial(self, path: tuple, shapes: dict) -> tuple[str, float]:
     """How a parameter starts, see `models.init_params`: He et al. 2015, by the outputs, as in torchvision."""

@@ -1,0 +1,74 @@
+"""What DeepCluster-v2 learns from: the cluster that a sample had in a bank of embeddings when the epoch began.
+
+Its store is part of `extra`, so of the state and of a checkpoint:
+  bank_rows   [C, S, B, D]  embeddings of C crops, step by step of the last epoch, in the order of the visits
+  bank_ids    [S, B]        whose they are; EMPTY where nobody was yet
+  centroids   {head: [K, D]}
+  table       [H, records]  cluster of every sample in every head; UNSEEN without one
+The rows of a step lie as the batch does: a device writes and clusters its own, whatever the number of devices.
+"""
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import PartitionSpec as P
+
+from unimiss_jax.losses import clustering
+from unimiss_jax.sharding import AXES, replicated
+
+CROPS = 2      # of a sample that are kept; head h clusters crop h mod CROPS
+EMPTY = -1
+
+
+def turns(records: int, batch: int) -> int:
+  """Steps of an epoch: all records fit into a bank of so many batches."""
+  return math.ceil(records / batch)
+
+
+def empty(records: int, batch: int, width: int, clusters) -> dict:
+  """A store in which nobody was; clusters: their number in each head."""
+  s = turns(records, batch)
+  return {'bank_rows': jnp.zeros((CROPS, s, batch, width)), 'bank_ids': jnp.full((s, batch), EMPTY, jnp.int32),
+          'centroids': {f'head_{h}': jnp.zeros((k, width)) for h, k in enumerate(clusters)},
+          'table': jnp.full((len(clusters), records), clustering.UNSEEN, jnp.int32)}
+
+
+def write(store, z, ids, turn):
+  """The store with unit rows z [B, CROPS, D] of samples ids [B] in the place of step `turn` of the epoch."""
+  at = lambda x, new, axis: jax.lax.dynamic_update_index_in_dim(x, new.astype(x.dtype), turn, axis)
+  return store | {'bank_rows': at(store['bank_rows'], z.swapaxes(0, 1), 1), 'bank_ids': at(store['bank_ids'], ids, 0)}
+
+
+def loss(store, z, ids, temperature: float):
+  """Cross-entropy of unit rows z [B, V, D] to the clusters of samples ids [B]; those without one do not count."""
+  centroids = [store['centroids'][f'head_{h}'] for h in range(len(store['table']))]
+  targets = store['table'].at[:, ids].get(mode='fill', fill_value=clustering.UNSEEN)
+  return clustering.dc2_loss(z.swapaxes(0, 1).reshape(-1, z.shape[-1]), centroids, targets, temperature)
+
+
+def renewed(store, key, rounds: int):
+  """The store with the clusters of what its bank holds, by all devices of its mesh; leaves stay where they are."""
+  found = _program(store['bank_ids'].sharding.mesh, rounds)(store, key)
+  return store | jax.tree.map(lambda new, old: jax.device_put(new, old.sharding), found,
+                              {k: store[k] for k in found})
+
+
+@functools.lru_cache(maxsize=8)
+def _program(mesh, rounds: int):
+  """(store, key) -> its new centroids and table."""
+  def share(memory, valid, init):      # of one device: [S, b, D], [S, b], [K, D]
+    centroids, of = clustering.kmeans(memory.reshape(-1, memory.shape[-1]), valid.ravel(), init, rounds, AXES)
+    return centroids, of.reshape(valid.shape)
+  rows = P(None, AXES)
+  everywhere = jax.shard_map(share, mesh=mesh, in_specs=(rows, rows, P()), out_specs=(P(), rows))
+
+  def program(store, key):
+    ids, centroids, table = store['bank_ids'], {}, []
+    for h, old in enumerate(store['centroids'].values()):
+      memory = store['bank_rows'][h % CROPS]
+      init = clustering.seed_rows(jax.random.fold_in(key, h), memory, ids != EMPTY, len(old))
+      centroids[f'head_{h}'], of = everywhere(memory, ids != EMPTY, init)
+      table.append(clustering.scatter_assign(ids.ravel(), of.ravel(), store['table'].shape[1]))
+    return {'centroids': centroids, 'table': jnp.stack(table)}
+  return jax.jit(program, out_shardings=replicated(mesh))
