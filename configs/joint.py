@@ -4,7 +4,7 @@
   python main.py --config=configs/joint.py:plain,objective=swav,schedule=baseline_2d --workdir=runs/swav
 
 presets
-  phantom         intra, mask and inter one after the other, on embedded phantoms within minutes on a CPU; objective=swav
+  phantom         intra, mask and inter one after the other, on embedded phantoms within minutes on a CPU; swav
   joint           the same, all three terms in every step
   swav2d          the baseline at that size: the intra phase alone, nothing of volumes is built
   deepcluster2d   the same, of the other objective
