@@ -11,7 +11,7 @@ LAYERS = (          # a room may import rooms of its own layer and of those befo
     {'porting', 'methods'},
     {'state', 'checkpoint', 'writers', 'health', 'autopsy', 'evals', 'report', 'step', 'validate', 'workdir',
      'progress', 'watchdog', 'lifeline', 'processes', 'mirror', 'init_from', 'observer', 'weights', 'best',
-     'final_test', 'preflight', 'probe_first'},
+     'final_test', 'preflight', 'probe_first', 'boundary'},
     {'train'},
     {'cli', 'main'},
 )

@@ -18,6 +18,7 @@ import numpy as np
 from data_pipelines import cases, evalset, files, manifest, prepared, streams
 from unimiss_jax import (
     autopsy,
+    boundary,
     checkpoint,
     final_test,
     health,
@@ -39,7 +40,7 @@ from unimiss_jax.observer import Observer
 from unimiss_jax.progress import Cost, Progress, Stopwatch, clock, idle, logged_steps
 from unimiss_jax.report import summary
 from unimiss_jax.report.live import Live
-from unimiss_jax.state import own, parameters, restarted
+from unimiss_jax.state import own, parameters
 from unimiss_jax.watchdog import Watchdog
 from unimiss_jax.writers import EVAL, Writer
 
@@ -236,10 +237,11 @@ class Run:
     ahead = AHEAD.get(jax.default_backend(), 1)
     running = collections.deque()
     self.settled = time.monotonic()
+    read = boundary.reader(self.streams, config.batch, self.mesh)
     for i in range(start, start if over(start) else total):
       name, after = plan[i], i + 1
       positions = {n: s.position() for n, s in self.streams.items()}
-      self.between(i)
+      self.state = boundary.crossed(self.method, self.state, i, read)
       self.state, metrics = steps[name](self.state, batch)
       given = batch
       fetched = fetcher.submit(self.take, plan[after]) if after < total else None
@@ -292,19 +294,6 @@ class Run:
     """The next batch of a phase, on the devices."""
     rows = {s: self.streams[s].next() for s in self.method.phases[phase].streams}
     return sharding.to_devices(rows, self.mesh)
-
-  def between(self, i):
-    """What is due before step i, the first one of an epoch or phase. It is no part of the checkpoint of step i."""
-    phase, boundary = self.method.schedule(i)
-    if boundary == ('phase', phase) and self.method.phases[phase].fresh_optimiser:
-      self.state = restarted(self.state)
-    if boundary and self.method.between:
-      self.state = self.method.between(self.state, i, self.read, boundary)
-
-  def read(self, stream):
-    """One pass over the records of a stream, on the devices, see Stream.fresh; the training position stays."""
-    for rows in self.streams[stream].fresh(self.config.batch[stream]):
-      yield sharding.to_devices(rows, self.mesh)
 
   def settle(self, i, phase, metrics, waited, batch, logged):
     """Counts step i, and tells what is to be told of it."""

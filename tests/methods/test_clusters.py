@@ -2,6 +2,7 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from unimiss_jax import sharding
 from unimiss_jax.losses import clustering
@@ -49,3 +50,39 @@ def test_where_a_bank_has_no_room_for_a_seed_none_is_drawn_twice():
   valid = jnp.bool_([[1, 0], [1, 1]])
   memory = jnp.arange(4.).reshape(2, 2, 1)
   np.testing.assert_array_equal(np.sort(clustering.seed_rows(jax.random.key(0), memory, valid, 3)[:, 0]), [0, 2, 3])
+
+
+RECORDS, BATCH, WIDTH, HEADS = 30, 8, 6, (3, 4, 5)      # the fourth step of an epoch visits two records again
+
+
+def unit(x):
+  return x / np.linalg.norm(x, axis=-1, keepdims=True)
+
+
+def visited(devices: int):
+  """A store on so many devices after an epoch of random rows, and these: {id: [2, D]}."""
+  mesh = sharding.make_mesh(devices, 1, jax.devices()[:devices])
+  store = clusters.empty(RECORDS, BATCH, WIDTH, HEADS)
+  rng, seen = np.random.default_rng(0), {}
+  order = np.concatenate([rng.permutation(RECORDS), [0, 1]]).reshape(-1, BATCH)
+  for turn, ids in enumerate(order):
+    z = unit(rng.normal(size=(BATCH, 2, WIDTH)))
+    store = clusters.write(store, jnp.asarray(z), jnp.asarray(ids, jnp.int32), turn)
+    seen |= dict(zip(ids.tolist(), z))
+  return jax.device_put(store, sharding.shardings(store, mesh)), seen
+
+
+@pytest.mark.parametrize('devices', (1, 2, 8))
+def test_clusters_are_those_of_the_nearest_centroids_whatever_the_devices(devices):
+  store, seen = visited(devices)
+  assert str(store['bank_rows'].sharding.spec) == str(sharding.P(None, None, sharding.AXES))
+  new = clusters.renewed(store, jax.random.key(3), 4)
+  alone = clusters.renewed(visited(1)[0], jax.random.key(3), 4)
+  np.testing.assert_array_equal(new['table'], alone['table'])
+  assert new['table'].sharding == store['table'].sharding
+  for h, k in enumerate(HEADS):
+    centroids = np.asarray(new['centroids'][f'head_{h}'])
+    assert centroids.shape == (k, WIDTH)
+    np.testing.assert_allclose(np.linalg.norm(centroids, axis=1), 1, rtol=1e-5)
+    want = [np.argmax(centroids @ seen[i][h % 2]) for i in range(RECORDS)]
+    np.testing.assert_array_equal(new['table'][h], want)

@@ -65,6 +65,46 @@ def test_what_cannot_be_is_named(caplog):
   assert 'joint.prototypes=5 prototypes for batch.ct=4' in caplog.text
 
 
+@pytest.mark.parametrize('preset, stores, parts', [
+    ('phantom,objective=deepcluster', {'intra', 'inter'}, {'backbone', 'head', 'slice', 'inter', 'mask'}),
+    ('deepcluster2d', {'intra'}, {'backbone', 'head'})])
+def test_deepcluster_has_banks_in_place_of_prototypes(preset, stores, parts):
+  config = tiny(preset, image_clusters=(4, 4, 4))
+  params, extra = jax.eval_shape(made(config).init, jax.random.key(0))
+  assert set(params) == parts and set(extra) == stores and 'last_layer' not in params['head']
+  bank = extra['intra']
+  assert bank['bank_rows'].shape == (2, 4, 4, 8) and bank['bank_ids'].shape == (4, 4) and bank['table'].shape == (3, 16)
+  with pytest.raises(ValueError, match=r'joint.image_clusters=\(17,\): a number for every head, none above the 16'):
+    made(tiny(preset, image_clusters=(17,)))
+
+
+def test_an_epoch_of_deepcluster_is_a_pass_over_the_stream_of_its_term():
+  config = tiny('phantom,objective=deepcluster', image_clusters=(4,))
+  config.steps = 24      # 12 of intra with epochs of 4, 5 of mask, 7 of inter
+  method = made(config)
+  assert [i for i in range(24) if method.schedule(i)[1]] == [0, 4, 8, 12, 16, 17, 20, 21]
+  assert method.schedule(12)[1] == ('phase', 'mask') and method.schedule(17)[1] == ('phase', 'inter')
+  assert method.between is not None and made(tiny()).between is None
+
+
+@pytest.mark.parametrize('preset', ['plain', 'reference', 'plain,objective=swav,schedule=baseline_2d'])
+def test_presets_of_the_papers_sizes_build_their_state(preset):
+  config = joint.get_config(preset)
+  validate.validate(config)
+  method = base.make(config, {s: (3072, {}) for s in ('ct', 'xray') if config.phases[s]})
+  params, extra = jax.eval_shape(method.init, jax.random.key(0))
+  numbers = sum(x.size for n, x in optim.named_leaves(params['backbone']).items())
+  assert numbers == 23_508_032 and 'batch_stats' in extra      # ResNet-50 without its classes
+  assert ('inter' in params) == bool(config.phases.ct)
+
+
+def test_slices_that_the_attention_cannot_halve_are_named():
+  config = tiny()
+  config.views.ct.size = (18, 64, 64)
+  with pytest.raises(ValueError, match=r'18 slices of views.ct.size=.* no multiple of joint.inter.downsample=4: use 16'):
+    made(config)
+
+
 def rows(rng, *shape):
   return {'rng': jax.random.bits(jax.random.key(7), (4, 2), jnp.uint32), 'bad': jnp.zeros(4, jnp.int32),
           ('ct' if len(shape) == 4 else 'xray'): jnp.asarray(rng.uniform(size=(4, 2, *shape)), jnp.float32)}
