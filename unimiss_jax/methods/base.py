@@ -46,7 +46,7 @@ class Method(NamedTuple):
   given: Callable = dict         # () -> {parameter name: array} that a new run starts from, beside init_from
   timeline: Timeline | None = None     # None: places are steps
   between: Callable | None = None      # (state, step, read, boundary) -> state, before the first step of an epoch or
-                                       # phase, after any save; read(stream): one pass over its records, see boundary.reader
+                                       # phase, after any save; read(stream): one pass, see boundary.reader
 
 
 def timeline(method: Method) -> Timeline:
