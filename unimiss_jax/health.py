@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 LAST = 3            # rows of a phase that must agree
 KEPT = 400          # rows that are looked at, of all phases
-EARLY = .1          # share of the run in which losses may still stand at chance
+EARLY = .3          # share of the run in which losses may still stand at chance; those of the demo do for .25
 NEAR_UNIFORM = .02  # of ln K
 ONE = .05           # of ln K: entropy of the mean over a batch
 SAME = .02          # nats that the teacher's answer tells about which sample it was,
