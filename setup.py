@@ -8,7 +8,7 @@ setup(
     license='Apache-2.0',
     python_requires='>=3.11',
     packages=find_packages(include=['unimiss_jax*', 'data_pipelines*']),
-    package_data={'unimiss_jax.report': ['page.css', 'page.js']},
+    package_data={'data_pipelines': ['published_ricord.txt'], 'unimiss_jax.report': ['page.css', 'page.js']},
     install_requires=[
         'absl-py',
         'array_record',

@@ -10,8 +10,9 @@ presets
   phantom_cls3d phantom_cls2d  findings of the embedded phantoms, in CT and in radiographs (the encoder of the demo)
   phantom_seg3d phantom_seg2d  organs and findings in CT; outlines of lungs and heart in radiographs
   cls3d cls2d seg3d seg2d      any manifest with labels or masks (the encoder of the papers)
-  ricord chestxr jsrt bcv      protocols of the released UniMiSS+ code, as far as they are known; data and splits are
-                               yours to bring. `:jsrt,quirks=1` keeps what its code does unlike its paper
+  ricord chestxr jsrt bcv      protocols of the released UniMiSS+ code, as far as they are known; the data are yours
+                               to bring, their splits the doctor applies (--split=ricord; none of bcv was
+                               released). `:jsrt,quirks=1` keeps what its code does unlike its paper
 `:cls3d,model=mit_small` (or mit_tiny) classifies with the encoder of the pilot UniMiSS, which cannot segment.
 `:cls3d,model=vit_b16` (or vit_tiny) takes the ViT of UniMedI; segmentation then grows its patches to full size by
 convolutions of its own.
@@ -141,7 +142,7 @@ def vit(c: ConfigDict, name: str) -> None:
 
 
 def ricord(c: ConfigDict, quirks: bool) -> None:
-  """RICORD 1A against 1B; 194 / 52 / 84 scans of 137 / 45 / 45 patients in the released lists, which are not shipped.
+  """RICORD 1A against 1B; 194 / 52 / 84 scans of 137 / 45 / 45 patients: the doctor's --split=ricord.
   Not reproduced: cubic interpolation (ours is linear), low resolution simulation."""
   c.task.update(dict(classes=('class_0', 'class_1'), exclusive=True, features='both', spacing_mm=(2., 2., 2.),
                      clip=(-1024., 325.), normalise=(158.58, 324.70), test_view='whole', epoch_steps=73,
@@ -157,8 +158,8 @@ def ricord(c: ConfigDict, quirks: bool) -> None:
 
 
 def chestxr(c: ConfigDict, quirks: bool) -> None:
-  """CXR-Covid (ChestXR): covid, normal, pneumonia; 17,958 training and 3,432 test images; no validation set.
-  Turned views are made by area means, the others bicubic."""
+  """CXR-Covid (ChestXR): covid, normal, pneumonia; 17,958 training and 3,432 test images; no validation set
+  (the doctor's --split=chestxr). Turned views are made by area means, the others bicubic."""
   c.task.update(dict(classes=('class_1', 'class_2', 'class_3'), exclusive=True, features='cls',
                      normalise=(0.5056, 0.252), test_view='tencrop', rotate=(7., 0., 0.), epoch_steps=17_958 // 32))
   c.views.xray.update(dict(size=224, scale=(0.08, 1.0), resize='bicubic', flip_p=0.5, updown_p=0.5, jitter_p=0.,
@@ -170,7 +171,8 @@ def chestxr(c: ConfigDict, quirks: bool) -> None:
 
 
 def jsrt(c: ConfigDict, quirks: bool) -> None:
-  """JSRT with SCR masks: clavicles, heart, lungs; odd ids train (124), even ids test (123); no validation set.
+  """JSRT with SCR masks: clavicles, heart, lungs; odd ids train (124), even ids test (123), no validation set
+  (the doctor's --split=jsrt).
   One mask an image: where structures overlap, give it a value of its own and list it for each (task.mask_values).
   Not reproduced: vertical shift beyond that of the crop."""
   c.task.update(dict(classes=('clavicle', 'heart', 'lung'), exclusive=False, deep_supervision=False, epoch_steps=50,

@@ -2,7 +2,7 @@
 
   python -m data_pipelines.doctor DIR|LIST [--workers=N] [--format=auto|nifti|dicom|image] [--modality=ct|mr|other]
     [--sequences=_t1,_flair] [--resample_gaps] [--as=auto|image] [--json=out.jsonl] [--html=out.html]
-    [--manifest=OUT_DIR] [--split=.8,.1,.1] [--seed=0]
+    [--manifest=OUT_DIR] [--split=.8,.1,.1|ricord|chestxr|jsrt] [--seed=0]
     [--group_by=column,...] [--subject_from=file|folder|PATTERN] [--dataset=NAME] [--licence=TEXT]
 
 One line per finding on stdout, `SEVERITY CODE path: reason; consequence. FIX: remedy`, a table of the codes, and the
@@ -23,6 +23,7 @@ from data_pipelines import (
   importers,
   judgement,
   manifest,
+  published,
   readers,
   sequences,
   splits,
@@ -63,11 +64,15 @@ def main(argv=None) -> int:
   flags = _flags(argv)
   options = entries.Options(dataset=flags.dataset, subject_from=flags.subject_from, lost=True)
   try:
-    shares = splits.checked(flags.split)
+    listed = flags.split[0] if flags.split[0] in published.RELEASED and len(flags.split) == 1 else ''
+    shares = (1., 0., 0.) if listed else splits.checked(flags.split)
     report = examine(flags.source, workers=flags.workers, format=flags.format, modality=flags.modality,
                      as_image=flags.as_ == 'image', pictures=bool(flags.html), group_by=flags.group_by,
                      licence=flags.licence, options=options, ends=sequences.parse(flags.sequences),
                      resample_gaps=flags.resample_gaps)
+    if listed:
+      rows, told = published.apply(report.rows, listed)
+      report = report._replace(rows=rows, findings=report.findings + told)
   except DataError as e:
     print(f'ERROR {e}')
     return 2
@@ -75,7 +80,8 @@ def main(argv=None) -> int:
   said = []
   if flags.manifest:
     report, done = write_manifest(report, flags.manifest, shares, flags.seed,
-                                  {'modality': flags.modality, 'group_by': list(flags.group_by), 'as': flags.as_})
+                                  {'modality': flags.modality, 'group_by': list(flags.group_by), 'as': flags.as_}
+                                  | ({'split': listed} if listed else {}))
     said.append(done)
   for path, made in ((flags.json, doctor_report.json_lines), (flags.html, doctor_page.html)):
     if path:
@@ -103,7 +109,8 @@ def _flags(argv):
   p.add_argument('--json', help='write a row per file here')
   p.add_argument('--html', help='write a page with pictures here')
   p.add_argument('--manifest', metavar='DIR', help='write the checked manifest into this folder')
-  p.several('--split', (), ('.8', '.1', '.1'), help='shares of train, val, test')
+  p.several('--split', (), ('.8', '.1', '.1'), help='shares of train, val, test, or a released '
+            'split (data_pipelines/published.py)')
   p.add_argument('--seed', type=int, default=0, help='of the split')
   p.several('--group_by', (), (), help='columns whose values link rows')
   p.add_argument('--subject_from', default='file', help="'file', 'folder', or a pattern with one group")
