@@ -8,6 +8,7 @@ rate. LARC (You et al. 2017, as in apex without clipping): every tensor's step i
 """
 import re
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -156,24 +157,41 @@ def by_group(group_of: Callable[[str], str], start: Callable, rule: Callable, *,
   def norms_of(grads):
     return {g: optax.tree.norm(t) for g, t in split(grads).items()}
 
+  def changed(mode, grads, lr, wd, held):
+    tensors, state, _ = held
+    direction, state = rule({n: jnp.where(mode == TRAIN, x, jnp.zeros_like(x)) for n, x in grads.items()}, state,
+                            tensors, wd)
+    steps = {n: lr * d for n, d in direction.items()}
+    return ({n: p - steps[n].astype(p.dtype) for n, p in tensors.items()}, state,
+            jnp.sqrt(sum(jnp.sum(x**2) for x in steps.values())))
+
   def update(grads, opt_state, params, modes, lr, wd):
     groups, tensors, norms = split(grads), split(params), norms_of(grads)
     groups = {g: _clipped(t, clip, clip_mode, _norm_of_training(norms, modes)) for g, t in groups.items()}
     new_params, new_state, moved = {}, {}, {}
     for g, old in opt_state.items():
-      mode = jnp.asarray(modes[g])
-      active = (mode == TRAIN) | ((mode == ZERO) & (old.count > 0))
-      given = {n: jnp.where(mode == TRAIN, x, jnp.zeros_like(x)) for n, x in groups[g].items()}
-      direction, state = rule(given, old, tensors[g], wd)
-      for n, p in tensors[g].items():
-        step = rate(g) * lr * direction[n]
-        new_params[n] = jnp.where(active, p - step.astype(p.dtype), p)
-        moved[g] = moved.get(g, 0.) + jnp.where(active, jnp.sum(step**2), 0.)
-      new_state[g] = jax.tree.map(lambda new, was, on=active: jnp.where(on, new, was), state, old)
+      mode, held = modes[g], (tensors[g], old, jnp.zeros_like(norms[g]))
+      move = partial(changed, mode, groups[g], rate(g) * lr, wd)
+      if isinstance(mode, int) and mode != ZERO:       # known when the step is compiled
+        new, new_state[g], moved[g] = held if mode == SKIP else move(held)
+      else:
+        new, new_state[g], moved[g] = gated((mode == TRAIN) | ((mode == ZERO) & (old.count > 0)), move, held)
+      new_params |= new
     merged = jax.tree_util.tree_map_with_path(lambda path, p: new_params.get(leaf_name(path), p), params)
-    return merged, new_state, {g: jnp.sqrt(x) for g, x in moved.items()}
+    return merged, new_state, moved
 
   return Optimiser(init, update, norms_of)
+
+
+def gated(go, move, old, branch: bool | None = None):
+  """move(old) where `go`, else old.
+
+  As a branch the old state is changed in place: a fifth less traffic of an X-ray step on CPU, where selecting between
+  whole states keeps both. branch=None: on CPU alone; elsewhere a branch may have to wait for the host.
+  """
+  if jax.default_backend() == 'cpu' if branch is None else branch:
+    return jax.lax.cond(go, move, lambda old: old, old)
+  return jax.tree.map(lambda new, was: jnp.where(go, new, was), move(old), old)
 
 
 def _norm_of_training(norms, modes):

@@ -64,7 +64,7 @@ def make_step(config, method, optimiser, phase_name, mesh, finish=None):
       params, groups, moved = optimiser.update(grads, groups, params, modes, lr(step), wd(step))
       return params, groups, method.post(params, extra, aux, step), moved
     still = {g: jnp.zeros_like(n) for g, n in norms.items()}
-    params, groups, extra, moved = gated(finite, move, (state.params, state.opt_state['groups'], extra, still))
+    params, groups, extra, moved = optim.gated(finite, move, (state.params, state.opt_state['groups'], extra, still))
     skipped = jnp.where(finite, 0, state.opt_state['skipped'] + 1)
     bad = state.opt_state['bad'] + sum(rows['bad'].sum(dtype=jnp.int32) for rows in batch.values())
     metrics = aux.metrics | {f'train/grad_norm_{g}': n for g, n in norms.items()} | {
@@ -90,17 +90,6 @@ def bad_gradients(grads) -> dict:
   none."""
   bad = jnp.stack([~jnp.isfinite(jnp.sum(g * g)) for g in jax.tree.leaves(grads)])
   return {'train/bad_tensors': bad.sum(), 'train/bad_tensor': jnp.where(bad.any(), jnp.argmax(bad), -1)}
-
-
-def gated(go, move, old, branch: bool | None = None):
-  """move(old) where `go`, else old.
-
-  As a branch the old state is changed in place: a fifth less traffic of an X-ray step on CPU, where selecting between
-  whole states keeps both. branch=None: on CPU alone; elsewhere a branch may have to wait for the host.
-  """
-  if jax.default_backend() == 'cpu' if branch is None else branch:
-    return jax.lax.cond(go, move, lambda old: old, old)
-  return jax.tree.map(lambda new, was: jnp.where(go, new, was), move(old), old)
 
 
 def accumulate(loss_fn, params, extra, batch, key, step, n, mesh):

@@ -8,7 +8,7 @@ import pytest
 
 from tests.e2e import tiny
 from tests.methods.test_unimiss_plus import rows
-from unimiss_jax import models, step
+from unimiss_jax import models, optim
 from unimiss_jax.methods import base
 from unimiss_jax.optim import named_leaves
 
@@ -68,6 +68,6 @@ def test_an_unknown_remat_is_refused():
 def test_a_step_gated_by_a_branch_is_one_gated_by_a_choice(go):
   old = {'w': np.arange(6, dtype=np.float32), 'count': np.int32(3)}
   move = lambda s: {'w': 2 * s['w'], 'count': s['count'] + 1}
-  branch, choice = (jax.jit(lambda go, old, b=b: step.gated(go, move, old, b))(go, old) for b in (True, False))
+  branch, choice = (jax.jit(lambda go, old, b=b: optim.gated(go, move, old, b))(go, old) for b in (True, False))
   jax.tree.map(np.testing.assert_array_equal, branch, choice)
   jax.tree.map(np.testing.assert_array_equal, branch, move(old) if go else old)

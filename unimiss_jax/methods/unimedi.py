@@ -184,8 +184,9 @@ def make(config, data) -> Method:
     return 'last_layer' if 'last_layer' in name else 'text' if part == 'text' else 'rest'
 
   def update(group, step):
-    last = group == 'last_layer'
-    return jnp.where(last & (step < round(config.optim.freeze_last_layer * steps_per_epoch)), SKIP, TRAIN)
+    if group != 'last_layer':
+      return TRAIN
+    return jnp.where(step < round(config.optim.freeze_last_layer * steps_per_epoch), SKIP, TRAIN)
 
   def post(params, extra, aux, step):
     m = momentum(step)
