@@ -102,6 +102,8 @@ GRIDS = {
         'reconstruction': {'loss.recon_ct': 5., 'loss.recon_drr': 5., 'loss.recon_xray': 5.},
         'masked_reconstruction': {'loss.recon_ct': 5., 'loss.recon_drr': 5., 'loss.recon_xray': 5.,
                                   'extra_loss.mask_ratio': (.1, .6), 'extra_loss.mask_block': (4, 16, 16)},
+        'patches': {'loss.ct': 1., 'loss.drr': .5, 'loss.xray': 1., 'head.out_dim': 128, 'extra_loss.patch': 1.,
+                    'extra_loss.mask_ratio': (.1, .6), 'extra_loss.mask_block': (4, 16, 16)},
         'masked_input': {'extra_loss.mask_ratio': (.1, .6), 'extra_loss.mask_block': (4, 16, 16)},
     }),
     'teacher': grid({

@@ -62,6 +62,7 @@ def plain() -> ConfigDict:
                                   # of the moving centre; 3 in DINOv2
       mask_ratio=(0., 0.),        # share of the blocks that are hidden from the student, U(lowest, highest) a view;
       mask_block=(4, 32, 32),     # slices, pixels; reconstruction is judged by hidden blocks alone then
+      patch=0.,                   # distils the tokens of hidden blocks, as iBOT; 1 there
   ))
   return c
 

@@ -7,6 +7,7 @@ import scipy.special
 
 from tests.e2e import tiny
 from tests.methods.test_unimiss_plus import rows
+from unimiss_jax import models
 from unimiss_jax.losses import masking, spread
 from unimiss_jax.methods import base
 from unimiss_jax.models.heads import DINOHead
@@ -79,6 +80,42 @@ def test_hidden_blocks_do_not_reach_the_network_and_alone_are_judged():
   wrong = (np.asarray(image) - x)**2
   want = np.mean([wrong[i, j][mask[i, j]].mean() for i in range(4) for j in range(2)])
   np.testing.assert_allclose(run(params, batch), want, rtol=1e-4)
+
+
+@pytest.mark.slow
+def test_tokens_of_hidden_blocks_follow_the_teacher_who_sees_them():
+  method, params, extra = made(**{'loss.xray': 1., 'extra_loss.patch': 1., 'extra_loss.mask_ratio': (.5, .5),
+                                  'extra_loss.mask_block': (4, 16, 16)})
+  extra['teacher'] = jax.tree.map(lambda p: p * 1.1, params)       # not the student
+  batch = rows(4)
+  aux = jax.jit(lambda p, e, b: loss(method, p, e, b)[1])(params, extra, batch)
+  config = tiny.config()
+  x, h = batch['xray']['xray'], config.head
+  keys = jax.vmap(jax.vmap(lambda k: jax.random.fold_in(k, 1)))(base.view_keys(batch['xray']['rng'], 2))
+  mask = np.asarray(jax.vmap(jax.vmap(lambda k: masking.blocks(k, (64, 64), (16, 16), (.5, .5))))(keys))
+  model = models.build(config.model)
+  head = DINOHead(out_dim=h.out_dim, hidden_dim=h.hidden_dim, bottleneck_dim=h.bottleneck_dim)
+
+  def logits(weights, x):       # of the tokens of the coarsest map
+    tokens = model.apply({'params': weights['backbone']}, x.reshape(-1, *x.shape[2:])).pyramid[-1]
+    return np.asarray(head.apply({'params': weights['head']}, tokens), np.float64).reshape(8, -1, h.out_dim)
+
+  student = logits(params, jnp.asarray(np.where(mask[..., None], x.mean((2, 3), keepdims=True), x)))
+  codes = np.exp(logits(extra['teacher'], x) / config.loss.teacher_temp).reshape(-1, h.out_dim)
+  for _ in range(3):
+    codes /= codes.sum(0)
+    codes /= codes.sum(1, keepdims=True)
+  wrong = -(codes.reshape(student.shape) * scipy.special.log_softmax(student / .1, -1)).sum(-1)
+  side = round(wrong.shape[1]**.5)
+  cells = 64 // side
+  gone = mask.reshape(8, side, cells, side, cells).mean((2, 4)).reshape(8, -1) >= .5
+  want = np.mean([w[g].mean() for w, g in zip(wrong, gone)])
+  np.testing.assert_allclose(aux.metrics['train/patch_loss'], want, rtol=1e-4)
+
+
+def test_tokens_need_hidden_blocks_and_prototypes():
+  with pytest.raises(ValueError, match='extra_loss.patch=1.0 .*set extra_loss.mask_ratio'):
+    made(**{'loss.xray': 1., 'extra_loss.patch': 1.})
 
 
 @pytest.mark.parametrize('ratio', [(.5, .2), (-.1, .5), (.2, 1.)])

@@ -30,6 +30,14 @@ def hide(x, mask):
   return jnp.where(mask[..., None], x.mean(tuple(range(x.ndim - 1)), keepdims=True), x)
 
 
+def of_cells(mask, grid):
+  """[B, V, *S] -> [B, V, *grid]: the cells of a map of which at least half is hidden (the far end is left over)."""
+  strides = [n // g for n, g in zip(mask.shape[2:], grid)]
+  mask = mask[(..., *(slice(g * s) for g, s in zip(grid, strides)))]
+  cells = mask.reshape(*mask.shape[:2], *(n for pair in zip(grid, strides) for n in pair))
+  return cells.mean(tuple(range(3, cells.ndim, 2))) >= .5
+
+
 def sigmoid_mse(raw, target, mask):
   """(sigmoid(raw) - target)^2, averaged over the hidden voxels of each view and then over views.
 

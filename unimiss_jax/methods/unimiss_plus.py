@@ -4,9 +4,10 @@ CT phase      self-distillation CT->CT, DRR->CT, slices->CT (optionally slices->
               UniMiSS); reconstruction of CT and DRR
 X-ray phase   self-distillation and reconstruction of real radiographs
 (after the released code of UniMiSS+, Xie et al. 2024; loss weights in configs/unimiss_plus.py).
-Optional terms of our own: InfoNCE between two views of an instance and between a CT and its DRR; KoLeo; input of which
-blocks are hidden, and reconstruction of these; SimDINO's coding rate in place of prototypes; Sinkhorn rounds over the
-rows of one teacher's modality in place of the moving centre (as in DINOv2).
+Optional terms of our own: InfoNCE between two views of an instance and between a CT and its DRR; KoLeo; input with
+hidden blocks, and reconstruction of these or distillation of their tokens (iBOT, Zhou et al. 2022); SimDINO's coding
+rate in place of prototypes; Sinkhorn rounds over the rows of one teacher's modality in place of the moving centre (as
+in DINOv2).
 A term of weight 0 is not built; without self-distillation there is no teacher and no centre.
 """
 import importlib
@@ -26,6 +27,7 @@ from unimiss_jax.optim import SKIP, TRAIN, ZERO, cosine_schedule
 DISTILL = ('ct', 'drr', 'slice', 'slice_slice', 'ct_slice', 'xray')
 RECONSTRUCT = ('recon_ct', 'recon_drr', 'recon_xray')
 FREEZE_3D = {'mask': SKIP, 'zero_grad': ZERO, 'none': TRAIN}
+PATCH_ROUNDS = 3      # of Sinkhorn, as in DINOv2
 CENTER_UPDATES = {'once': 'unimiss_jax.losses.distillation', 'sequential': 'unimiss_jax.losses.reference'}
 
 
@@ -34,6 +36,7 @@ def make(config, data, times=alternation.paired) -> Method:
   loss, more, batch, speed = config.loss, config.extra_loss, config.batch, config.speed
   check_terms(loss, config.phases)
   check_masks(more.mask_ratio)
+  check_patches(config)
   distils, masks = any(loss[k] for k in DISTILL), any(more.mask_ratio)
   prototypes = distils and not more.coding_rate
   reconstructs = any(loss[k] for k in RECONSTRUCT)
@@ -69,12 +72,15 @@ def make(config, data, times=alternation.paired) -> Method:
 
   def views(params, x, keys, decode):
     """x [B, V, ...], keys [B, V] -> embedding [B, V, E], reconstruction [B, n, ...] of the first n = decode views or
-    None. Sample-major: rows stay on their device."""
+    None, tokens [B, V, *grid, E] of the coarsest map. Sample-major: rows stay on their device."""
     decode = decode and (decode, x.shape[1])
     out = backbone(params, x.reshape(-1, *x.shape[2:]), keys.reshape(-1), decode)
     image = out.reconstruction
     image = None if image is None else image.reshape(len(x), -1, *image.shape[1:])
-    return out.embedding.reshape(*x.shape[:2], -1), image
+    return out.embedding.reshape(*x.shape[:2], -1), image, unfolded(out.pyramid[-1], x)
+
+  def unfolded(a, x):
+    return a.reshape(*x.shape[:2], *a.shape[1:])
 
   def of_head(params, x, method=None):      # [..., E] -> [..., K]
     flat = head.apply({'params': params['head']}, x.reshape(-1, x.shape[-1]), method=method)
@@ -100,15 +106,26 @@ def make(config, data, times=alternation.paired) -> Method:
 
   def teach(extra, x, step):
     """Teacher logits of two views [B, 2, ...] (their slices: [B, 2 * S, ...], averaged), log codes after Sinkhorn
-    rounds, or embeddings where no prototypes compare them; as little of the network as gives an embedding."""
-    embedding = backbone(extra['teacher'], x.reshape(-1, *x.shape[2:])).embedding
-    embedding = embedding.reshape(len(x), 2, *((-1,) if x.shape[1] > 2 else ()), embed_dim)
+    rounds, or embeddings where no prototypes compare them; as little of the network as gives an embedding. And the
+    tokens of the coarsest map [B, 2 (* S), *grid, E]."""
+    out = backbone(extra['teacher'], x.reshape(-1, *x.shape[2:]))
+    embedding = out.embedding.reshape(len(x), 2, *((-1,) if x.shape[1] > 2 else ()), embed_dim)
+    tokens = unfolded(out.pyramid[-1], x)
     if not prototypes:
-      return jax.lax.stop_gradient(embedding if embedding.ndim == 3 else spread.unit(embedding).mean(2))
+      return jax.lax.stop_gradient(embedding if embedding.ndim == 3 else spread.unit(embedding).mean(2)), tokens
     t = jax.lax.stop_gradient(students(extra['teacher'], {'t': embedding}, teacher_temp(step))['t'])
-    if more.sinkhorn:
-      t = clustering.log_sinkhorn(t.reshape(-1, h.out_dim), teacher_temp(step), more.sinkhorn).reshape(t.shape)
-    return t
+    return codes(t, step, more.sinkhorn) if more.sinkhorn else t, tokens
+
+  def codes(t, step, rounds):
+    return clustering.log_sinkhorn(t.reshape(-1, h.out_dim), teacher_temp(step), rounds).reshape(t.shape)
+
+  def patches(params, extra, tokens, seen, mask, step):
+    """Tokens of the student where blocks are hidden from it, against those of the teacher, who sees them; the same
+    head. As in DINOv2 Sinkhorn rounds, over all tokens (chosen by us; there: the hidden ones), and no centre."""
+    t = jax.lax.stop_gradient(codes(of_head(extra['teacher'], seen), step, more.sinkhorn or PATCH_ROUNDS))
+    wrong = distillation.cross_entropy(of_head(params, tokens), t, 0., loss.student_temp, 1.)
+    gone = masking.of_cells(mask, tokens.shape[2:-1])
+    return distillation.mean_of_hidden(*(a.reshape(-1, math.prod(a.shape[2:])) for a in (wrong, gone))).mean()
 
   def sharpness(step):       # log codes are sharpened already
     return 1. if more.sinkhorn else teacher_temp(step)
@@ -154,13 +171,13 @@ def make(config, data, times=alternation.paired) -> Method:
     decode = 2 * bool(loss.recon_drr)
     if drr is not None and cut is not None and speed.shared_2d and drr.shape[2:] == cut.shape[2:]:
       both = jnp.concatenate([drr, cut], 1), jnp.concatenate([keys(2), keys(cut.shape[1])], 1)
-      e, r_drr = views(params, *both, decode)
+      e, r_drr, _ = views(params, *both, decode)
       drr, cut = e[:, :2], e[:, 2:]
     else:
       if drr is not None:
-        drr, r_drr = views(params, drr, keys(2), decode)
+        drr, r_drr, _ = views(params, drr, keys(2), decode)
       if cut is not None:
-        cut, _ = views(params, cut, keys(cut.shape[1]), 0)
+        cut, *_ = views(params, cut, keys(cut.shape[1]), 0)
     return drr, r_drr, cut if cut is None else cut.reshape(len(cut), 2, -1, embed_dim)
 
   def pooled(x, temperature):      # logits of slices [B, 2, S, K]
@@ -188,13 +205,14 @@ def make(config, data, times=alternation.paired) -> Method:
     x_ct, m_ct = hidden(rows['ct'], rows['rng'])
     x_drr, m_drr = hidden(rows['drr'], jax.random.key_data(view_keys(rows['rng'], 1))[:, 0]) if 'drr' in rows else (
         None, None)      # other places than of the CT
-    e_ct, r_ct = views(params, x_ct, view_keys(rows['rng'], 2), 2 * bool(loss.recon_ct))
+    e_ct, r_ct, tokens = views(params, x_ct, view_keys(rows['rng'], 2), 2 * bool(loss.recon_ct))
     metrics = embedding_health(e_ct)
     e_drr, r_drr, e_slice = pictures(params, rows | {'drr': x_drr})
     on = {name: term for name, term in ct_terms(loss).items() if term[0]}
     if on:
       shown = {'ct': lambda: rows['ct'], 'slice': lambda: slices(rows['ct'])}
       t = {name: teach(extra, shown[name](), step) for name in dict.fromkeys(teacher for *_, teacher in on.values())}
+      t, seen = ({name: both[i] for name, both in t.items()} for i in (0, 1))
       metrics |= of_teacher(next(iter(t.values())), extra['center'], step)
       e = {'ct': e_ct, 'drr': e_drr, 'slice': e_slice}
       s = students(params, {name: e[name] for name in dict.fromkeys(student for _, student, _ in on.values())})
@@ -205,6 +223,8 @@ def make(config, data, times=alternation.paired) -> Method:
         terms[f'{name}_loss'] = (weight, value)
       mean['center'] = centers.center_of_step(list(after.values()))
       metrics |= divergence(terms, metrics)
+    if more.patch:
+      terms['patch_loss'] = (more.patch, patches(params, extra, tokens, seen['ct'], m_ct, step))
     if loss.recon_ct:
       target = reconstruction.minmax(rows['ct'], loss.recon_minmax_eps, axes=(2, 3, 4))
       metrics['collapse/blur_recon_ct'] = reconstruction.blurred_mse(target)
@@ -230,14 +250,16 @@ def make(config, data, times=alternation.paired) -> Method:
     rows = batch['xray']
     terms, mean = {}, {}
     x, mask = hidden(rows['xray'], rows['rng'])
-    e, r = views(params, x, view_keys(rows['rng'], 2), 2 * bool(loss.recon_xray))
+    e, r, tokens = views(params, x, view_keys(rows['rng'], 2), 2 * bool(loss.recon_xray))
     metrics = embedding_health(e)
     if loss.xray:
-      t = teach(extra, rows['xray'], step)
+      t, seen = teach(extra, rows['xray'], step)
       metrics |= of_teacher(t, extra['center'], step)
       value, mean['center'] = distil(of_head(params, e) if prototypes else e, t, extra['center'], step)
       terms['dino_loss'] = (loss.xray, value)
       metrics |= divergence(terms, metrics)
+      if more.patch:
+        terms['patch_loss'] = (more.patch, patches(params, extra, tokens, seen, mask, step))
     if loss.recon_xray:
       metrics['collapse/blur_recon_xray'] = reconstruction.blurred_mse(rows['xray'])
       terms['recon_xray_loss'] = (loss.recon_xray, rebuilt(r, rows['xray'], mask))
@@ -300,7 +322,7 @@ def make(config, data, times=alternation.paired) -> Method:
            'joint': Phase({'ct': batch.ct, 'xray': batch.xray}, joint_loss, update('joint'),
                           chance(config, batch.ct, 'ct') | of_xray(chance(config, batch.xray, 'xray')))}
   couples = bool(loss.nce or loss.pair_nce or loss.center_updates != 'once' or more.koleo or more.coding_rate or
-                 more.sinkhorn)
+                 more.sinkhorn or more.patch)
   return Method(
       init=init, groups=groups, schedule=times.at, post=post,
       phases={n: build[n]._replace(couples_samples=couples) for n in times.names},
@@ -346,6 +368,14 @@ def check_masks(ratio) -> None:
                      'from 0 to below 1; (0, 0) = off')
 
 
+def check_patches(config) -> None:
+  more, loss, phases = config.extra_loss, config.loss, config.phases
+  if more.patch and (more.coding_rate or not any(more.mask_ratio) or phases.ct and not loss.ct
+                     or phases.xray and not loss.xray):
+    raise ValueError(f'extra_loss.patch={more.patch} compares the tokens of hidden blocks by the prototypes of the '
+                     'whole view: set extra_loss.mask_ratio, loss.ct and loss.xray, and extra_loss.coding_rate=0')
+
+
 def of_xray(metrics) -> dict:
   """Names of X-ray metrics beside those of CT in one row: 'train/xray_nce_loss'."""
   return {k.replace('/', '/xray_', 1): v for k, v in metrics.items()}
@@ -359,6 +389,8 @@ def chance(config, batch, stream) -> dict[str, float]:
   for name, weight in weights.items():
     if weight and not config.extra_loss.coding_rate:
       out[f'train/{name}_loss'] = uniform
+  if config.extra_loss.patch:
+    out['train/patch_loss'] = uniform
   if loss.nce:
     out['train/nce_loss'] = math.log(2 * batch - 1)
   if loss.pair_nce and stream == 'ct':
