@@ -12,6 +12,7 @@ shorter. A row that knows one modality, or has both in every step, sees twice as
 """
 
 PHANTOM = 'configs/unimiss_plus.py:phantom'
+PILOT = 'configs/unimiss.py:phantom'
 # All terms of preset plain beside the contrastive ones, at the sizes of preset phantom; 128 prototypes for 8 and 16
 # samples a step (thousands are too many). Slices of CT enter the 2-D branch, which wants 64 pixels.
 LARGER = {'views.ct.size': (16, 64, 64), 'model.volume_size': (16, 64, 64)}
@@ -88,6 +89,15 @@ GRIDS = {
         'no_final_norm': {'model.final_norm': False}, 'released_init': {'model.init': 'released'},
         'not_standardised': {'head.batch_standardize': False}, 'deeper': {'model.depths': (1, 2, 4, 2)},
         'wider': {'model.embed_dims': (8, 16, 64, 128, 160, 160), 'model.decoder_dims': (160, 128, 64, 16, 8)},
+    }),
+    'backbone': grid({      # the pilot's networks with the pilot's objective, at its sizes: slow rows
+        'vit_tiny': {'config': PHANTOM + ',model=vit_tiny'},
+        'mit_tiny': {'config': PILOT + ',model=mit_tiny'}, 'mit_small': {'config': PILOT},
+    }),
+    'start': grid({         # --weights, --imported: a run, an exported folder, .safetensors, .pth; {seed} in the path
+        'weights': {'init_from': '{weights}'}, 'imported': {'init_from': '{imported}'},
+        'hires': LARGER | {'init_from': '{weights}', 'views.xray.size': 96, 'views.drr.size': 96,
+                           'model.image_size': 96},
     }),
     'released_quirks': grid({
         'sequential_centre': {'loss.center_updates': 'sequential'}, 'no_freezing_of_3d': {'optim.freeze_3d': 'none'},
