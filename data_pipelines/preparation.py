@@ -33,6 +33,7 @@ class Config(NamedTuple):
     compress: of voxels, a key of records.OPTIONS.
     sequences: ends of the names of what belongs together (sequences.py).
     resample_gaps: whether missing DICOM slices are interpolated.
+    uncut: whether wide planes stay whole, instead of their central 80 %.
   """
   modality: str = 'ct'
   spacing_mm: tuple = (0., 0., 0.)
@@ -40,6 +41,7 @@ class Config(NamedTuple):
   compress: str = 'none'
   sequences: tuple = ()
   resample_gaps: bool = False
+  uncut: bool = False
 
 
 class Unit(NamedTuple):
@@ -73,7 +75,8 @@ def ct_records(row: dict, item: readers.Item, config: Config) -> tuple[dict | No
     DataError: the file cannot be used.
   """
   hu = config.modality == 'ct'
-  scan = tiles.read(item, config.modality, hu, config.spacing_mm, config.tile, config.resample_gaps)
+  scan = tiles.read(item, config.modality, hu, config.spacing_mm, config.tile, config.resample_gaps,
+                    config.uncut)
   common = {'group': row['group'], 'label': json.dumps(row.get('label') or {}, sort_keys=True)}
   whole = None
   if hu:
@@ -242,8 +245,9 @@ def read_plan(out) -> dict:
 
 
 def _seen(rows) -> list[dict]:
-  """Rows whose size stands for the content, where nobody has hashed it."""
-  return [r | {'sha': r.get('sha') or f'{r["bytes"]} bytes'} for r in rows]
+  """Rows whose size stands for the content, where nobody has hashed it; their reports are content as well."""
+  said = lambda r: f' {manifest.number(r["text"])}' if 'text' in r else ''
+  return [r | {'sha': (r.get('sha') or f'{r["bytes"]} bytes') + said(r)} for r in rows]
 
 
 def units(made: dict) -> dict[Unit, list[dict]]:

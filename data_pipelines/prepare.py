@@ -20,6 +20,7 @@ from data_pipelines import (
   manifest,
   preparation,
   records,
+  reports,
   sequences,
   splits,
   tiles,
@@ -42,6 +43,8 @@ def main(argv=None) -> int:
   p.add_argument('--resample_gaps', action='store_true', help='interpolate missing slices of DICOM series')
   p.add_argument('--spacing', type=_numbers, default=(0., 0., 0.), help='z,y,x in mm to resample to; 0 = as it is')
   p.add_argument('--tile', type=int, default=tiles.TILE, help='slices of a record; 0 = whole volumes')
+  p.add_argument('--uncut', action='store_true', help='whole scans as they are, wide planes too: for studies with '
+                 'reports; sets --tile=0')
   p.add_argument('--compress', default='none', choices=tuple(records.OPTIONS), help='zstd: smaller and slower to read')
   p.add_argument('--split', type=_numbers, default=(1., 0., 0.), help='shares of train, val, test; a source that says '
                  'splits keeps them')
@@ -70,7 +73,8 @@ def main(argv=None) -> int:
   try:
     if not f.merge:
       ends = sequences.parse(f.sequences)
-      config = preparation.Config(f.modality, f.spacing, f.tile, f.compress, ends, f.resample_gaps)
+      tile = 0 if f.uncut else f.tile
+      config = preparation.Config(f.modality, f.spacing, tile, f.compress, ends, f.resample_gaps, f.uncut)
       rows = listed(f, ends)
       with engines.writing(f.out):
         made = preparation.plan(rows, f.out, config, f.num_shards)
@@ -91,7 +95,7 @@ def main(argv=None) -> int:
 
 
 def listed(f, ends: tuple[str, ...]) -> list[dict]:
-  """The rows of all sources, sequences joined, grouped and split."""
+  """The rows of all sources, with their reports, sequences joined, grouped and split."""
   rows = []
   for source in f.source:
     rows += importers.rows(source, subject_from=f.subject_from, dataset=f.dataset)
@@ -103,7 +107,7 @@ def listed(f, ends: tuple[str, ...]) -> list[dict]:
         files.warn(fault, 'left out')
     if ignored:
       files.say(f'ignored: {ignored}')
-  return splits.assign(splits.groups(rows, group_by=f.group_by), f.split, f.seed, f.override)
+  return splits.assign(splits.groups(reports.joined(rows), group_by=f.group_by), f.split, f.seed, f.override)
 
 
 def _numbers(text: str) -> tuple:
@@ -121,7 +125,9 @@ def summary(out, rows: list[dict]) -> str:
     counts = collections.Counter(r['split'] for r in kept if r['kind'] == kind)
     if counts:
       told = ', '.join(f'{counts[s]} {s}' for s in records.SPLITS if counts[s])
-      lines.append(f'  {told}: train with --config.{leaf}={out}')
+      said = sum('text' in r for r in kept if r['kind'] == kind)
+      reports_of = f'; {said} with a report: configs/unimedi.py --config.data.manifest={out}' if said else ''
+      lines.append(f'  {told}: train with --config.{leaf}={out}{reports_of}')
   return '\n'.join(lines)
 
 

@@ -60,6 +60,10 @@ class _Prepared:
       raise DataError('MANIFEST', self.root, f'{row["id"]} is said to be {row.get("record", "in no shard")}, which is '
                       f'no record of {self.kind} in split {self.split}', 'prepare the files anew') from e
 
+  def place(self, row: dict) -> int:
+    """The index of the record that a row of its manifest names."""
+    return int(np.searchsorted(self.which, self._number(row)))
+
   @functools.cached_property
   def digest(self) -> str:
     """Of the content and order of all shards of the split, and of the choice: what decides which record an index is."""

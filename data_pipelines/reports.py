@@ -87,8 +87,21 @@ def of_rows(rows, every) -> tuple[list[dict], dict]:
   return [r for r in rows if r['id'] in texts], texts
 
 
+def joined(rows) -> list[dict]:
+  """Rows with the `text` of their report, not cleaned; the rows of kind report that said it are gone.
+
+  Raises:
+    DataError: those of `of_rows`.
+  """
+  every = manifest.usable(rows)
+  mine, texts = of_rows([r for r in every if r['kind'] != 'report'], every)
+  told = {r['study'] for r in mine if 'text' not in r}
+  return [r | ({'text': texts[r['id']]} if r['id'] in texts else {}) for r in rows
+          if r['kind'] != 'report' or r.get('study') not in told]
+
+
 def tokenised(names, texts, tokenizer, where) -> tuple[list, dict]:
-  """Reports -> what a stream hands out of them, once at the start.
+  """Reports -> what a stream hands out of them, once at the start; what several records say is tokenised once.
 
   Args:
     names: of the records, in order.
@@ -103,16 +116,19 @@ def tokenised(names, texts, tokenizer, where) -> tuple[list, dict]:
   Raises:
     DataError: REPORT: not one report is left.
   """
-  kept, out, found = [], {}, collections.Counter()
+  kept, out, known, found = [], {}, {}, collections.Counter()
   for name in names:
     text = clean(texts[name], tokenizer.lowercase)
     if not text:
       found['empty, left out'] += 1
       continue
-    found[f'longer than {tokenizer.length} word pieces, cut off'] += tokenizer.count(text) > tokenizer.length
-    ids, mask = tokenizer(text)
+    if text not in known:
+      ids, mask = tokenizer(text)
+      known[text] = ({'ids': ids, 'mask': mask, 'report': np.int32(manifest.number(text))},
+                     tokenizer.count(text) > tokenizer.length)
+    out[name], long = known[text]
+    found[f'longer than {tokenizer.length} word pieces, cut off'] += long
     kept.append(name)
-    out[name] = {'ids': ids, 'mask': mask, 'report': np.int32(manifest.number(text))}
   told = ', '.join(f'{n} {what}' for what, n in found.items() if n)
   files.say(f'{where}: {len(names)} reports' + (f': {told}' if told else ''))
   if not kept:

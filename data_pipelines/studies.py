@@ -1,8 +1,9 @@
 """Records of studies: a picture or a volume with the ids of its report, for training against text.
 
 A run whose config has `unimedi` reads these. Without data.manifest they are the phantoms of `phantom.studies`; with it,
-the rows of split train that have a report (see reports.py). All reports are tokenised once at the start, so a worker
-process needs no tokenizer.
+the rows of split train that have a report (see reports.py), from their files, or from the shards where it is the list
+of a prepared folder. All reports are tokenised once at the start, so a worker process needs no tokenizer. A prepared
+folder keeps their text, not ids: these are soon made, and another vocabulary, casing or length needs no other shards.
 """
 import functools
 import os
@@ -10,12 +11,14 @@ from concurrent import futures
 
 import numpy as np
 
-from data_pipelines import draw, files, manifest, readers, reports, sample, tiles, wordpiece
+from data_pipelines import draw, files, manifest, prepared, readers, reports, sample, tiles, wordpiece
 from data_pipelines.errors import DataError
 from data_pipelines.phantom import studies as world
 from data_pipelines.sources import Cache, _digest
 
 KINDS = {'ct': 'volume', 'xray': 'image'}
+SHARDS = {'ct': prepared.PreparedCT, 'xray': prepared.PreparedXray}
+FIELDS = ('id', 'path', 'paths', 'kind', 'group', 'format', 'sha', 'record')      # of a row, that reading needs
 TEXT = ('ids', 'mask', 'report')
 TEST_REPORTS = 1_000_000      # number of the first phantom that is kept for evaluation
 
@@ -31,16 +34,30 @@ def source(name: str, config, listed=None):
   if not text.vocab and not text.init_from:
     raise DataError('VOCABULARY', 'unimedi.text', 'neither vocab nor init_from is set, and reports of files need word '
                     'pieces', 'set unimedi.text.vocab=/path/vocab.txt')
-  if any('record' in row for row in listed.rows):
-    raise DataError('REPORT', listed.path, 'lists prepared shards, which hold no reports', 'name the manifest of the '
-                    'files that were prepared')
-  rows, texts = reports.of_rows(listed.training(name), manifest.usable(listed.rows))
+  rows = listed.training(name)
+  if any('record' in row for row in rows):
+    rows = _whole(name, rows, listed.path)
+  rows, texts = reports.of_rows(rows, manifest.usable(listed.rows))
   if not rows:
     raise DataError('REPORT', listed.path, f'no row of kind {KINDS[name]} in split train has a report',
-                    'give rows a text, or a study with a row of kind report')
+                    'give rows (of a prepared folder: those that it is made of) a text, or a study with a row of kind '
+                    'report')
   kept, tokens = reports.tokenised([r['id'] for r in rows], texts, vocabulary(config, text.length), listed.path)
   kept = set(kept)
   return Rows(name, config, listed.path, [r for r in rows if r['id'] in kept], tokens)
+
+
+def _whole(name: str, rows: list[dict], path) -> list[dict]:
+  """Rows of a prepared folder under the names of their files, in that order.
+
+  Raises:
+    DataError: TILES: it holds parts of scans.
+  """
+  made = manifest.meta(path).get('config', {})
+  if name == 'ct' and not made.get('uncut'):
+    raise DataError('TILES', path, f'its shards hold parts of scans (--tile={made.get("tile")}, wide planes cut), and '
+                    'a report is of all of one', 'prepare it with --uncut, or name the manifest of the files')
+  return sorted((row | {'id': row.get('volume_id', row['id'])} for row in rows), key=lambda row: row['id'])
 
 
 def vocabulary(config, length: int) -> wordpiece.Tokenizer:
@@ -103,18 +120,29 @@ class Phantoms:
 
 
 class Rows:
-  """Rows of a manifest that have a report. Of volumes every file is read once at the start, of pictures its header; one
-  that fails later is replaced by the next good record.
+  """Rows of a manifest that have a report. Of volumes every file is read once at the start, of pictures its header, of
+  shards nothing; one that fails later is replaced by the next good record.
+
+  The order is that of their names, so that a run from shards sees the batches of one from files.
 
   Raises:
-    DataError: EMPTY_DIR: none is usable; the fault of the first bad file with data.on_bad_file='stop'.
+    DataError: EMPTY_DIR: none is usable; the fault of the first bad file with data.on_bad_file='stop'; of shards, those
+      of `prepared`.
   """
 
   def __init__(self, name: str, config, path, rows, tokens):
     self.name, self.path, self.tokens = name, path, tokens
     self.modality, self.stop = config.data.modality, config.data.on_bad_file == 'stop'
-    self.cache, self.failed = Cache(), set()
-    self.rows = []
+    self.cache, self.failed, self.shards = Cache(), set(), None
+    if any('record' in row for row in rows):
+      more = {'modality': self.modality} if name == 'ct' else {}
+      self.shards = SHARDS[name](os.path.dirname(path), rows=rows, **more)
+    kept = rows if self.shards else self._checked(rows)
+    self.rows = [{k: row[k] for k in FIELDS if k in row} for row in kept]
+    self.tokens = {r['id']: tokens[r['id']] for r in self.rows}
+
+  def _checked(self, rows) -> list[dict]:
+    good = []
     with futures.ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
       for row, fault in zip(rows, pool.map(self._fault, rows)):
         if fault and self.stop:
@@ -122,11 +150,11 @@ class Rows:
         if fault:
           files.warn(fault, 'left out')
         else:
-          self.rows.append({k: row[k] for k in ('id', 'path', 'paths', 'kind', 'group', 'format', 'sha') if k in row})
-    if not self.rows:
-      raise DataError('EMPTY_DIR', path, f'none of {len(rows)} {KINDS[name]}s with a report is usable',
+          good.append(row)
+    if not good:
+      raise DataError('EMPTY_DIR', self.path, f'none of {len(rows)} {KINDS[self.name]}s with a report is usable',
                       'see the lines above')
-    self.tokens = {r['id']: tokens[r['id']] for r in self.rows}
+    return good
 
   def __len__(self):
     return len(self.rows)
@@ -143,7 +171,7 @@ class Rows:
     for shift in range(len(self)):
       row = self.rows[(i + shift) % len(self)]
       try:
-        record, = self.cache.get(row['id'], lambda row=row: (self.make(row),))
+        record, = (self.make(row),) if self.shards else self.cache.get(row['id'], lambda row=row: (self.make(row),))
         return record | self.tokens[row['id']] | {
             'index': i, 'group': manifest.number(row.get('group', row['id'])), 'name': row['id'], 'bad': shift > 0}
       except DataError as e:
@@ -156,6 +184,8 @@ class Rows:
 
   def make(self, row) -> dict:
     """A whole picture, or a whole scan."""
+    if self.shards:
+      return self.shards.read(self.shards.place(row))
     if self.name == 'xray':
       return {'image': readers.image(readers.of_row(row)).array}
     found, arrays, intensity, _ = tiles.opened(readers.of_row(row), self.modality)

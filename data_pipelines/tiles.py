@@ -41,7 +41,7 @@ class Scan(NamedTuple):
 
 
 def read(item, modality: str = 'ct', whole: bool = False, spacing_mm=(0., 0., 0.), tile: int = TILE,
-         resample_gaps: bool = False) -> Scan:
+         resample_gaps: bool = False, uncut: bool = False) -> Scan:
   """Reads, judges and clips one scan.
 
   Args:
@@ -51,6 +51,7 @@ def read(item, modality: str = 'ct', whole: bool = False, spacing_mm=(0., 0., 0.
     spacing_mm: (z, y, x) to resample to; 0 = as it is.
     tile: slices that a volume must have, else it is filled up with air; 0 = as many as it has.
     resample_gaps: as of dicom.read.
+    uncut: wide planes stay whole.
 
   Raises:
     DataError: those of sequences.read, of judge, and of intensities.standardised.
@@ -67,7 +68,7 @@ def read(item, modality: str = 'ct', whole: bool = False, spacing_mm=(0., 0., 0.
     raise DataError('TOO_SMALL', item.path, f'{depth} slices at {spacing_mm[0]:g} mm, need >= {judgement.LEAST}',
                     'resample to thinner slices, or remove it')
   corner, box, missing = [0, 0, 0], [slice(None)] * 3, max(0, tile - depth)
-  if max(plane) > WIDE:
+  if max(plane) > WIDE and not uncut:
     corner[1:] = (int(.1 * n) for n in plane)
     box[1:] = (slice(int(.1 * n), int(.9 * n)) for n in plane)
   corner[0] = -(missing // 2)

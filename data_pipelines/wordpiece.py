@@ -52,13 +52,13 @@ class Tokenizer:
 
   @functools.cached_property
   def _encode(self):
-    """text -> ids of its pieces."""
+    """text -> ids of its pieces; the last one is kept, as whoever counts them also wants them."""
     library = _library(self.vocabulary, self.lowercase) if self.fast is not False else None
     if library is not None:
-      return lambda text: library.encode(text, add_special_tokens=False).ids
+      return functools.lru_cache(1)(lambda text: library.encode(text, add_special_tokens=False).ids)
     if self.fast:
       raise ImportError('the package tokenizers is not installed')
-    return lambda text: [self.ids[p] for p in pieces(text, self.ids, self.lowercase)]
+    return functools.lru_cache(1)(lambda text: [self.ids[p] for p in pieces(text, self.ids, self.lowercase)])
 
 
 def read(path, length: int, lowercase: bool = True, size: int | None = None) -> Tokenizer:

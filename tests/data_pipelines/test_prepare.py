@@ -112,7 +112,7 @@ def test_the_manifest_says_where_every_record_is_and_what_was_left_out(out, fold
     assert shards.at([os.path.basename(f) for f in shards.files].index(shard), i)['id'] == row['id']
     assert len(row['sha']) == 32 and row['split'] == 'train' and row['path'].startswith(str(folder))
   assert manifest.meta(out)['config'] == {'modality': 'ct', 'spacing_mm': [0., 0., 0.], 'tile': 24, 'compress': 'none',
-                                          'sequences': [], 'resample_gaps': False}
+                                          'sequences': [], 'resample_gaps': False, 'uncut': False}
 
 
 def fingerprints(source, fields):
@@ -371,7 +371,7 @@ def test_whole_volumes_and_splits(folder, tmp_path):
 
 
 def test_where_a_tile_lies_in_its_scan(tmp_path):
-  """A wide scan is cut to the central 80 %, a short one gets air; too few slices after resampling are refused."""
+  """A wide scan is cut to the central 80 %, a short one gets air, or neither; too few slices are refused."""
   rng = np.random.default_rng(0)
   (tmp_path / 'f').mkdir()
   for name, shape in (('wide', (330, 20, 40)), ('short', (20, 20, 18))):
@@ -381,6 +381,9 @@ def test_where_a_tile_lies_in_its_scan(tmp_path):
   rows = {r['id'].rpartition('/')[2]: r for r in manifest.read(tmp_path / 'p', labelled=False)}
   assert rows['wide.nii z12']['crop_box'] == [12, 2, 33, 36, 18, 297] and rows['wide.nii z12']['z_offset_mm'] == 36.
   assert rows['short.nii z0']['crop_box'] == [-3, 0, 0, 21, 20, 20] and rows['short.nii z0']['z_offset_mm'] == -9.
+  assert prepare.main([str(tmp_path / 'f'), f'--out={tmp_path / "r"}', '--workers=0', '--uncut']) == 0
+  boxes = {r['id'].rpartition('/')[2]: r['crop_box'] for r in manifest.read(tmp_path / 'r', labelled=False)}
+  assert boxes == {'wide.nii z0': [0, 0, 0, 40, 20, 330], 'short.nii z0': [0, 0, 0, 18, 20, 20]}
   flags = f'--out={tmp_path / "q"}', '--workers=0', '--spacing=6,0,0'
   assert prepare.main([str(tmp_path / 'f'), *flags]) == 0
   assert [r['findings'] for r in manifest.read(tmp_path / 'q', labelled=False) if r['id'] == 'f/short.nii'] == [

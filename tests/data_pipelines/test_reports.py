@@ -56,6 +56,7 @@ def test_records_are_tokenised_once_and_told_apart_by_their_text(capsys):
   kept, out = reports.tokenised(list(texts), texts, wordpiece.Tokenizer(VOCABULARY, 8), 'here')
   assert kept == ['a', 'b', 'd']
   assert out['a']['report'] == out['b']['report'] != out['d']['report']
+  assert out['a'] is out['b']
   np.testing.assert_array_equal(out['a']['ids'], [2, 4, 5, 6, 3, 0, 0, 0])
   np.testing.assert_array_equal(out['a']['mask'], [1, 1, 1, 1, 1, 0, 0, 0])
   line = capsys.readouterr()

@@ -2,12 +2,13 @@
 import csv
 import json
 
+import nibabel as nib
 import numpy as np
 import pytest
 from PIL import Image
 
 from configs import unimedi
-from data_pipelines import reports, streams, studies, wordpiece
+from data_pipelines import prepare, reports, streams, studies, wordpiece
 from data_pipelines.errors import DataError
 from data_pipelines.phantom import studies as world
 from tests.e2e import tiny
@@ -129,6 +130,58 @@ def test_an_image_that_is_missing_is_named_and_left_out_or_ends_the_run(tmp_path
     studies.source('xray', of_files(path, fixtures, **{'data.on_bad_file': 'stop'}), streams.manifest.load(path))
 
 
+def both_kinds(path):
+  """A manifest of X-rays as `folder` writes it, and of scans: one wide, one whose report is a row, one without."""
+  folder(path, ['Small pleural effusion.', None, 'Normal.', 'No nodule is seen; lungs clear', 'left rib fracture ' * 9])
+  rng, rows = np.random.default_rng(0), (path / 'manifest.jsonl').read_text()
+  for i, (text, side) in enumerate([('Heart is large.', 20), ('Liver is normal in size.', 330), (None, 18), (None, 18),
+                                    ('Nodule in the left lung.', 16)]):
+    hu = rng.integers(-1000, 1000, (side, 17, 20 + i)).astype(np.int16)
+    nib.save(nib.Nifti1Image(hu, np.diag([1., 1., 3., 1.])), path / f'{i}.nii.gz')
+    row = {'id': f'c{i}', 'path': f'{i}.nii.gz', 'kind': 'volume', 'split': 'train', 'subject': f'p{i // 2}'}
+    rows += json.dumps(row | ({'text': text} if text else {'study': 's1'} if i == 2 else {})) + '\n'
+  (path / 'manifest.jsonl').write_text(rows)
+  return str(path)
+
+
+def test_shards_give_the_batches_of_the_files(tmp_path, fixtures, capsys):
+  (tmp_path / 'files').mkdir()
+  path, shards = both_kinds(tmp_path / 'files'), str(tmp_path / 'shards')
+  assert prepare.main([path, f'--out={shards}', '--uncut', '--num_shards=3', '--workers=0']) == 0
+  told = capsys.readouterr().out
+  assert '5 train' in told and '4 with a report: configs/unimedi.py --config.data.manifest=' in told
+  more = {'phases.ct': 1, 'batch.ct': 3, 'views.ct.scale': (.8, 1.)}
+  a, b = (streams.build(of_files(p, fixtures, **more), ['ct', 'xray']) for p in (path, shards))
+  for name in ('ct', 'xray'):
+    assert a[name].records == b[name].records == 4 and a[name].digest == b[name].digest
+    for _ in range(4):
+      ours, theirs = a[name].next(), b[name].next()
+      assert ours.keys() == theirs.keys()
+      for k in ours:
+        np.testing.assert_array_equal(ours[k], theirs[k], err_msg=k)
+    a[name].close(), b[name].close()
+  small = of_files(shards, fixtures, **{'unimedi.text.vocab_size': 29})
+  with pytest.raises(DataError, match='156 word pieces, the network has 29'):
+    studies.source('xray', small, streams.manifest.load(shards))
+
+
+def test_shards_that_cannot_serve_studies(tmp_path, fixtures, capsys):
+  (tmp_path / 'files').mkdir()
+  path = both_kinds(tmp_path / 'files')
+  assert prepare.main([path, f'--out={tmp_path / "a"}', '--tile=0', '--num_shards=1', '--workers=0']) == 0
+  cut = streams.manifest.load(str(tmp_path / 'a'))
+  with pytest.raises(DataError, match='TILES .*parts of scans .--tile=0, wide planes cut.*--uncut'):
+    studies.source('ct', of_files('', fixtures), cut)
+  assert len(studies.source('xray', of_files('', fixtures), cut)) == 4      # pictures are never cut
+  silent = cut._replace(rows=[{k: v for k, v in r.items() if k != 'text'} for r in cut.rows])
+  with pytest.raises(DataError, match='no row of kind image in split train has a report'):
+    studies.source('xray', of_files('', fixtures), silent)
+  (tmp_path / 'files' / 'r.txt').write_text('A nodule is seen. Lungs clear.')      # what the report says has changed
+  capsys.readouterr()
+  assert prepare.main([path, f'--out={tmp_path / "a"}', '--tile=0', '--num_shards=1', '--workers=0']) == 1
+  assert 'was begun with other files: 2 changed content: c2, x1' in capsys.readouterr().err
+
+
 def test_mistakes_are_named(tmp_path, fixtures):
   path = folder(tmp_path, ['Normal.', None])
   (tmp_path / 'manifest.jsonl').write_text((tmp_path / 'manifest.jsonl').read_text().splitlines()[0] + '\n')
@@ -139,9 +192,6 @@ def test_mistakes_are_named(tmp_path, fixtures):
     studies.source('xray', config(**{'data.manifest': path}), load(path))
   with pytest.raises(DataError, match='156 word pieces, the network has 29'):
     studies.source('xray', of_files(path, fixtures, **{'unimedi.text.vocab_size': 29}), load(path))
-  prepared = load(path)._replace(rows=[{'id': 'a', 'kind': 'image', 'record': ['shard', 0]}])
-  with pytest.raises(DataError, match='lists prepared shards, which hold no reports'):
-    studies.source('xray', of_files(path, fixtures), prepared)
   with pytest.raises(DataError, match='data.xray has no reports'):
     studies.source('xray', config(**{'data.xray': '/data'}))
 
