@@ -9,7 +9,7 @@ presets
   swav2d          the baseline at that size: the intra phase alone, nothing of volumes is built
   deepcluster2d   the same, of the other objective
   plain           sizes and rates of the released code, ResNet-50, its defects mended; made for accelerators
-  reference       with its attention along features and its mask loss
+  reference       with its attention along features, its mask loss, and volumes not standardised
 objective   swav | deepcluster; '' = that of the preset
 schedule    released = intra, mask, inter | no_mask | joint | baseline_2d = intra alone; '' = that of the preset
 """
@@ -40,7 +40,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
     shares = EPOCHS
   if preset == 'reference':
     c.joint.inter.update(dict(axis='feature', sampler='collapse'))
-    c.joint.mask_loss = 'released'
+    c.joint.update(dict(mask_loss='released', standardize_volumes=False))
   phases = SCHEDULES[schedule]
   total = sum(shares[p] for p in phases)
   c.joint.update(dict(objective=objective, phases=phases, shares=tuple(shares[p] / total for p in phases)))
@@ -88,6 +88,7 @@ def base() -> ConfigDict:
       image_clusters=(16, 16, 16), volume_clusters=(4, 4, 4),       # deepcluster: one head each
       kmeans_rounds=10,
       temp=0.1, eps=0.05, rounds=3,
+      standardize_volumes=True,   # features of volumes over the batch, before they are clustered; else it collapses
       freeze_prototypes=20,       # steps at the start of a phase
   ))
   c.loss = ConfigDict(dict(drr=0., recon_drr=0., pair_nce=0.))      # no DRR are rendered

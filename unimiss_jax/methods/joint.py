@@ -114,7 +114,9 @@ def make(config, data) -> Method:
     """What is clustered: unit [B, V, width], and statistics."""
     x = rows['ct']
     z, stats = slices(params, extra, x, view_keys(rows['rng'], x.shape[1]))
-    return features(params, z, key), stats
+    z = features(params, z, key)
+    flat = z.reshape(-1, z.shape[-1])
+    return (deformable.unit(contrastive.standardize(flat)).reshape(z.shape) if j.standardize_volumes else z), stats
 
   units = {'intra': unit_images, 'inter': unit_volumes}
 
@@ -225,9 +227,12 @@ def make(config, data) -> Method:
     return {k: features(weights, slices(weights, extra, x)[0]) if k == 'ct' else flat(x) for k, x in rows.items()
             if k != 'ct' or volumes}
 
+  predict = {'embed': embed}
+  if volumes:
+    predict['slices'] = lambda weights, extra, rows: slices(weights, extra, rows['ct'])[0]      # [B, V, D, width]
   return Method(
       init=init, groups=groups, phases={n: phase(n) for n in dict.fromkeys(j.phases)}, schedule=schedule, post=post,
-      weights={'student': lambda params, extra: params}, predict={'embed': embed}, total_steps=total,
+      weights={'student': lambda params, extra: params}, predict=predict, total_steps=total,
       steps_per_epoch=steps_per_epoch, between=between if banks else None,
       timeline=Timeline(stretched, total, lambda epochs: int(round(epochs * steps_per_epoch)), factor))
 
