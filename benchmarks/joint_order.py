@@ -7,8 +7,8 @@ half from wide to narrow, each with slices out of their place by up to WEAVE. So
 slices tells the two classes apart. The two views of a volume differ in noise, gain and the places of the spots. The
 phases `mask` and `inter` of `configs/joint.py` train a small ResNet and the Transformer on volumes without labels
 (AdamW in place of LARC, which hardly moves in so few steps); a linear probe then learns from FIT whole volumes and is
-tested on TEST others. Beside the feature of the volume stands the mean of its slice embeddings, beside both the same network
-untrained. One line of JSON a seed: accuracies, chance .5, and the last losses.
+tested on TEST others. Beside the feature of the volume stands the mean of its slice embeddings, beside both the same
+network untrained. One line of JSON a seed: accuracies, chance .5, and the last losses.
 """
 import argparse
 import json

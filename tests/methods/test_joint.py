@@ -62,7 +62,12 @@ def test_what_cannot_be_is_named(caplog):
     made(tiny())
     assert not caplog.records
     made(tiny(prototypes=5))
-  assert 'joint.prototypes=5 prototypes for batch.ct=4' in caplog.text
+  assert 'joint.prototypes=5 prototypes for batch.ct=4' in caplog.text and 'FIX: joint.volume_queue=4' in caplog.text
+  caplog.clear()
+  made(tiny(prototypes=5, volume_queue=4))
+  assert not caplog.records
+  with pytest.raises(ValueError, match='joint.image_queue=6 rows are no multiple of batch.xray=4: use 4 or 8'):
+    made(tiny(image_queue=6))
 
 
 @pytest.mark.parametrize('preset, stores, parts', [
