@@ -9,7 +9,7 @@ presets
   swav2d          the baseline at that size: the intra phase alone, nothing of volumes is built
   deepcluster2d   the same, of the other objective
   plain           sizes and rates of the released code, ResNet-50, its defects mended; made for accelerators
-  reference       with its attention along features and its mask loss
+  reference       with its attention along features, its mask loss, no queue, and volumes not standardised
 objective   swav | deepcluster; '' = that of the preset
 schedule    released = intra, mask, inter | no_mask | joint | baseline_2d = intra alone; '' = that of the preset
 """
@@ -40,7 +40,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
     shares = EPOCHS
   if preset == 'reference':
     c.joint.inter.update(dict(axis='feature', sampler='collapse'))
-    c.joint.mask_loss = 'released'
+    c.joint.update(dict(mask_loss='released', standardize_volumes=False, image_queue=0, volume_queue=0))
   phases = SCHEDULES[schedule]
   total = sum(shares[p] for p in phases)
   c.joint.update(dict(objective=objective, phases=phases, shares=tuple(shares[p] / total for p in phases)))
@@ -62,7 +62,8 @@ def paper(c: ConfigDict, objective: str, schedule: str) -> None:
   c.views.ct.update(dict(size=(64, 128, 128)))
   c.views.xray.update(dict(size=224, scale=(0.14, 1.0) if swav else (0.08, 1.0), resize='bicubic'))
   c.joint.update(dict(width=640, prototypes=3000, image_clusters=(3000,) * 3, volume_clusters=(4,) * 3,
-                      freeze_prototypes=313,
+                      freeze_prototypes=313, image_queue=3840, volume_queue=3000,
+                      local=dict(crops=6 if swav else 0, size=96, scale=(0.05, 0.14)),
                       rates=tuple(1. if p in ('intra', 'joint') else 0.01 / 0.15 for p in phases)))
   c.joint.inter.update(dict(layers=4, hidden=720, heads=8, head_dim=64, groups=8, slices=64))
   c.optim.update(dict(lr=0.15, warmup_epochs=0.1 * c.epochs))
@@ -88,6 +89,9 @@ def base() -> ConfigDict:
       image_clusters=(16, 16, 16), volume_clusters=(4, 4, 4),       # deepcluster: one head each
       kmeans_rounds=10,
       temp=0.1, eps=0.05, rounds=3,
+      image_queue=0, volume_queue=0,    # swav: former rows that share the codes with those of a batch; 0 = none
+      local=dict(crops=0, size=64, scale=(0.1, 0.3)),    # small crops of an image beside its two views
+      standardize_volumes=True,   # features of volumes over the batch, before they are clustered; else it collapses
       freeze_prototypes=20,       # steps at the start of a phase
   ))
   c.loss = ConfigDict(dict(drr=0., recon_drr=0., pair_nce=0.))      # no DRR are rendered

@@ -55,9 +55,13 @@ def raw(name: str, record: dict, config, rng, shapes: dict) -> dict:
   """
   if name == 'xray':
     params = draw.xray_pair(rng, config, record['image'].shape)
-    low, image = _seen(record['image'], params['xray'])
+    low, image = _seen(record['image'], {k: np.concatenate([p[k] for p in params.values()])
+                                         for k in ('box_start', 'box_size')})
     image = image if image.dtype == np.uint16 else image.astype(np.uint16) * FULL_RANGE
-    return {'image': _filled(image, 'image', shapes)} | _flat(params, 'xray', low)
+    out = {'image': _filled(image, 'image', shapes)}
+    for group in params:
+      out |= _flat(params, group, low)
+    return out
   params = draw.ct_pair(rng, config, *sample.sizes(record))
   if not _drr(config):
     params = {'ct': params['ct']}

@@ -6,9 +6,10 @@ code (batchgenerators for CT, torchvision for 2D); `extent='record'`, gamma and 
 jitter, tilt and paired windows are ours.
 
 All functions return {group: {name: array}} with a leading axis of views (2; centre views 1); groups are
-'ct', 'drr' or 'xray', names and units those of `unimiss_jax.views` and of `drr.geometry.camera`.
+'ct', 'drr', 'xray' or 'local', names and units those of `unimiss_jax.views` and of `drr.geometry.camera`.
 """
 import math
+import types
 
 import numpy as np
 
@@ -54,8 +55,15 @@ def reach(cfg, shape) -> tuple:
 
 
 def xray_pair(rng, config, shape) -> dict:
-  """Two views of one radiograph `[H, W]`: random-resized crops on whole pixels."""
-  return {'xray': _pictures(rng, config.views.xray, shape)}
+  """Two views of one radiograph `[H, W]`, and its small crops: random-resized crops on whole pixels."""
+  out, small = {'xray': _pictures(rng, config.views.xray, shape)}, local(config)
+  return out | {'local': _pictures(rng, small, shape, small.crops)} if small else out
+
+
+def local(config):
+  """Leaves of the small crops: of views.xray, but for `size`, `scale` and `crops` of joint.local; None without them."""
+  of = dict(config.joint.local) if 'joint' in config else {}
+  return types.SimpleNamespace(**{**config.views.xray, **of}) if of.get('crops') else None
 
 
 def ct_view(rng, config, shape, focus=None) -> dict:
@@ -144,14 +152,14 @@ def _volumes(rng, cfg, shape) -> dict:
   return dict(_boxes(rng, cfg, shape), flip=rng.random((2, 3)) < cfg.flip_p, **_intensities(rng, cfg))
 
 
-def _pictures(rng, cfg, shape) -> dict:
-  """Parameters of two views of a radiograph."""
-  boxes = [_random_resized(rng, cfg, shape, whole=True) for _ in range(2)]
-  leftright = rng.random(2) < cfg.flip_p
-  updown = rng.random(2) < cfg.updown_p if cfg.updown_p else np.zeros(2, bool)
+def _pictures(rng, cfg, shape, views: int = 2) -> dict:
+  """Parameters of views of a radiograph."""
+  boxes = [_random_resized(rng, cfg, shape, whole=True) for _ in range(views)]
+  leftright = rng.random(views) < cfg.flip_p
+  updown = rng.random(views) < cfg.updown_p if cfg.updown_p else np.zeros(views, bool)
   return dict(box_start=np.array([b[0] for b in boxes], np.float32),
               box_size=np.array([b[1] for b in boxes], np.float32), flip=np.stack([updown, leftright], 1),
-              **_photometry(rng, cfg))
+              **_photometry(rng, cfg, views))
 
 
 def _boxes(rng, cfg, shape) -> dict:
@@ -202,9 +210,9 @@ def _intensities(rng, cfg) -> dict:
       gamma=per_slice(gamma, _about_one(cfg.gamma, u[3]), 1))
 
 
-def _photometry(rng, cfg) -> dict:
-  """Parameters `[2]` of `views.image.photometric`."""
-  u = rng.random((9, 2))
+def _photometry(rng, cfg, views: int = 2) -> dict:
+  """Parameters `[views]` of `views.image.photometric`; pairs of probabilities go to the views in turn."""
+  u = rng.random((9, views))
   jitter = u[0] < cfg.jitter_p
 
   def factor(extent, u):
@@ -212,10 +220,10 @@ def _photometry(rng, cfg) -> dict:
 
   return dict(
       brightness=factor(cfg.brightness, u[1]), contrast=factor(cfg.contrast, u[2]), contrast_first=u[3] < .5,
-      gamma=np.where(u[4] < cfg.gamma_p, _about_one(cfg.gamma, u[5]), 1).astype(np.float32),
+      gamma=np.where(u[4] < np.resize(cfg.gamma_p, views), _about_one(cfg.gamma, u[5]), 1).astype(np.float32),
       noise_std=_between(cfg.noise_std, u[6]).astype(np.float32),
-      noise_key=rng.integers(0, 2 ** 32, (2, 2), np.uint32),
-      blur_sigma=np.where(u[7] < cfg.blur_p, _between(cfg.blur_sigma, u[8]), 0).astype(np.float32))
+      noise_key=rng.integers(0, 2 ** 32, (views, 2), np.uint32),
+      blur_sigma=np.where(u[7] < np.resize(cfg.blur_p, views), _between(cfg.blur_sigma, u[8]), 0).astype(np.float32))
 
 
 def _plain() -> dict:

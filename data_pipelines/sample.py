@@ -3,6 +3,7 @@ import importlib
 
 import numpy as np
 
+from data_pipelines import draw
 from unimiss_jax.drr import geometry, project, xray
 from unimiss_jax.views import image, volume
 
@@ -92,14 +93,15 @@ def radiographs(hu, spacing_mm, params, config, shape=None) -> list:
 
 
 def xray_sample(record: dict, params: dict, config) -> dict:
-  """Views of one radiograph: {'xray': `[V, h, w, 3]` float32 in [0, 1]}.
+  """Views of one radiograph: {'xray': `[V, h, w, 3]` float32 in [0, 1]}, and 'local', its small crops, where drawn.
 
   Args:
     record: `image` [H, W] uint8 or uint16.
     params: as `draw.xray_pair` or `draw.xray_centre` make them.
     config: the run config.
   """
-  return {'xray': _rgb([image.view(record['image'], p, config.views.xray) for p in each(params['xray'])])}
+  leaves = {'xray': config.views.xray, 'local': draw.local(config)}
+  return {name: _rgb([image.view(record['image'], p, leaves[name]) for p in each(params[name])]) for name in params}
 
 
 def white(view: str, shape, spacing_mm, mu: str) -> float:

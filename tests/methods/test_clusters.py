@@ -86,3 +86,14 @@ def test_clusters_are_those_of_the_nearest_centroids_whatever_the_devices(device
     np.testing.assert_allclose(np.linalg.norm(centroids, axis=1), 1, rtol=1e-5)
     want = [np.argmax(centroids @ seen[i][h % 2]) for i in range(RECORDS)]
     np.testing.assert_array_equal(new['table'][h], want)
+
+
+def test_a_queue_holds_the_rows_of_the_last_steps():
+  store, want = clusters.queue(2, 3, 4), np.zeros((2, 2, 3, 4))
+  for step in range(5):
+    assert bool(clusters.full(store)) == (step >= 2)
+    z = np.random.default_rng(step).normal(size=(3, 2, 4)).astype(np.float32)
+    store = clusters.write(store, jnp.asarray(z), jnp.arange(3) + step, step % 2)
+    want[:, step % 2] = z.swapaxes(0, 1)
+  np.testing.assert_array_equal(store['bank_rows'], want.astype(np.float32))
+  np.testing.assert_array_equal(store['bank_ids'], [[4, 5, 6], [3, 4, 5]])

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from configs import joint
+from data_pipelines import streams
 from unimiss_jax import models, optim, sharding, step, validate
 from unimiss_jax.methods import base
 
@@ -62,7 +63,12 @@ def test_what_cannot_be_is_named(caplog):
     made(tiny())
     assert not caplog.records
     made(tiny(prototypes=5))
-  assert 'joint.prototypes=5 prototypes for batch.ct=4' in caplog.text
+  assert 'joint.prototypes=5 prototypes for batch.ct=4' in caplog.text and 'FIX: joint.volume_queue=4' in caplog.text
+  caplog.clear()
+  made(tiny(prototypes=5, volume_queue=4))
+  assert not caplog.records
+  with pytest.raises(ValueError, match='joint.image_queue=6 rows are no multiple of batch.xray=4: use 4 or 8'):
+    made(tiny(image_queue=6))
 
 
 @pytest.mark.parametrize('preset, stores, parts', [
@@ -138,3 +144,24 @@ def test_prototypes_wait_at_the_start_of_their_phase():
   assert modes('inter', 'head') == [optim.SKIP] * 6 and modes('intra', 'encoder') == [optim.TRAIN] * 6
   paths = models.param_shapes(models.build(tiny().model))
   assert {method.groups('/'.join(('backbone', *path))) for path in paths} == {'encoder', 'fixed'}
+
+
+def test_small_crops_come_from_the_host_and_the_loss_takes_them_with_a_queue():
+  """Shapes alone; batch statistics of a ResNet pass through both sizes."""
+  config = tiny('swav2d', image_queue=8, local=dict(crops=3, size=32, scale=(.1, .3)))
+  config.model = dict(name='resnet50', depths=(1, 1, 1, 1), width=4, in_channels=(3, 1), image_size=64, dtype='float32',
+                      remat='')
+  record = {'index': 0, 'bad': False, 'image': np.random.default_rng(0).integers(0, 256, (80, 90)).astype(np.uint8)}
+  views = streams.views('xray', record, config, np.random.default_rng(1))
+  config.joint.local.crops = 0
+  alone = streams.views('xray', record, config, np.random.default_rng(1))
+  np.testing.assert_array_equal(views['xray'], alone['xray'])
+  assert views['local'].shape == (3, 32, 32, 3) and views['local'].std() > 0 and 'local' not in alone
+  method = made(config)
+  params, extra = jax.eval_shape(method.init, jax.random.key(0))
+  assert extra['intra']['bank_rows'].shape == (2, 2, 4, 8)
+  batch = {'xray': {k: jax.ShapeDtypeStruct((4, *x.shape), x.dtype) for k, x in views.items()} | {
+      'rng': jax.ShapeDtypeStruct((4, 2), jnp.uint32), 'id': jax.ShapeDtypeStruct((4,), jnp.int32)}}
+  loss, aux = jax.eval_shape(method.phases['intra'].loss, params, extra, batch, jax.random.key(0), 0)
+  assert loss.shape == () and aux.rows['intra'][0].shape == (4, 2, 8)
+  assert jax.tree.structure(jax.eval_shape(method.post, params, extra, aux, 0)) == jax.tree.structure(extra)

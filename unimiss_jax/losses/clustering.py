@@ -7,6 +7,8 @@ are never gathered.
 """
 from __future__ import annotations
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -25,7 +27,7 @@ def sinkhorn(scores, eps: float, iters: int, queue=None, axis_name=None):
     scores: [B, K], products of embeddings and prototypes.
     eps: entropy; smaller is sharper.
     iters: rounds, at least 1.
-    queue: [Q, K], scores of former rows (under `shard_map`: a share of them); they take part, but get no codes.
+    queue: [*Q, K], scores of former rows (under `shard_map`: a share of them); they take part, but get no codes.
     axis_name: see above.
 
   Returns:
@@ -41,18 +43,21 @@ def log_sinkhorn(scores, eps: float, iters: int, queue=None, axis_name=None):
   """The logarithm of `sinkhorn`, finite where a code is smaller than any number of its type."""
   if iters < 1:
     raise ValueError(f'sinkhorn with iters={iters}: at least one round is needed')
-  rows = scores if queue is None else jnp.concatenate([queue, scores])
-  log_q = _wide(rows) / eps
-  round_ = lambda _, x: jax.nn.log_softmax(x - _logsumexp_of_rows(x, axis_name))
-  return jax.lax.fori_loop(0, iters, round_, log_q)[len(rows) - len(scores):]
+  parts = [_wide(x) / eps for x in (scores, queue) if x is not None]      # never put together: each stays where it is
+
+  def round_(_, parts):
+    total = _logsumexp_of_rows(parts, axis_name)
+    return [jax.nn.log_softmax(x - total) for x in parts]
+  return jax.lax.fori_loop(0, iters, round_, parts)[0]
 
 
-def _logsumexp_of_rows(x, axis_name):
-  """[B, K] -> [K], over the rows of all devices."""
-  top = jax.lax.stop_gradient(x.max(0))
+def _logsumexp_of_rows(parts, axis_name):
+  """Arrays [..., K] -> [K], over the rows of all of them and of all devices."""
+  rows = lambda x: tuple(range(x.ndim - 1))
+  top = jax.lax.stop_gradient(functools.reduce(jnp.maximum, [x.max(rows(x)) for x in parts]))
   if axis_name is not None:
     top = jax.lax.pmax(top, axis_name)
-  return top + jnp.log(_total(jnp.exp(x - top).sum(0), axis_name))
+  return top + jnp.log(_total(sum(jnp.exp(x - top).sum(rows(x)) for x in parts), axis_name))
 
 
 def swapped_loss(logits, assign, tau: float, eps: float, iters: int, queue=None, axis_name=None):
@@ -63,7 +68,7 @@ def swapped_loss(logits, assign, tau: float, eps: float, iters: int, queue=None,
     assign: the A crops that give codes.
     tau: temperature of the predictions.
     eps, iters: see `sinkhorn`.
-    queue: [A, Q, K], see `sinkhorn`.
+    queue: [A, *Q, K], see `sinkhorn`.
     axis_name: see above.
 
   Returns:

@@ -1,7 +1,8 @@
 """What DeepCluster-v2 learns from: the cluster that a sample had in a bank of embeddings when the epoch began.
 
-Its store is part of `extra`, so of the state and of a checkpoint:
-  bank_rows   [C, S, B, D]  embeddings of C crops, step by step of the last epoch, in the order of the visits
+Its store is part of `extra`, so of the state and of a checkpoint; the first two are also the queue of SwAV, whose codes
+are shared out over the samples of the last steps too:
+  bank_rows   [C, S, B, D]  embeddings of C crops, step by step of the last epoch, or of the queue
   bank_ids    [S, B]        whose they are; EMPTY where nobody was yet
   centroids   {head: [K, D]}
   table       [H, records]  cluster of every sample in every head; UNSEEN without one
@@ -26,16 +27,25 @@ def turns(records: int, batch: int) -> int:
   return math.ceil(records / batch)
 
 
+def queue(steps: int, batch: int, width: int) -> dict:
+  """Room for the embeddings of so many steps, in which nobody was."""
+  return {'bank_rows': jnp.zeros((CROPS, steps, batch, width)),
+          'bank_ids': jnp.full((steps, batch), EMPTY, jnp.int32)}
+
+
+def full(store):
+  return (store['bank_ids'] != EMPTY).all()
+
+
 def empty(records: int, batch: int, width: int, clusters) -> dict:
   """A store in which nobody was; clusters: their number in each head."""
-  s = turns(records, batch)
-  return {'bank_rows': jnp.zeros((CROPS, s, batch, width)), 'bank_ids': jnp.full((s, batch), EMPTY, jnp.int32),
+  return queue(turns(records, batch), batch, width) | {
           'centroids': {f'head_{h}': jnp.zeros((k, width)) for h, k in enumerate(clusters)},
           'table': jnp.full((len(clusters), records), clustering.UNSEEN, jnp.int32)}
 
 
 def write(store, z, ids, turn):
-  """The store with unit rows z [B, CROPS, D] of samples ids [B] in the place of step `turn` of the epoch."""
+  """The store with unit rows z [B, CROPS, D] of samples ids [B] in the place of step `turn`."""
   at = lambda x, new, axis: jax.lax.dynamic_update_index_in_dim(x, new.astype(x.dtype), turn, axis)
   return store | {'bank_rows': at(store['bank_rows'], z.swapaxes(0, 1), 1), 'bank_ids': at(store['bank_ids'], ids, 0)}
 

@@ -5,8 +5,10 @@ mask    hidden slice embeddings are predicted by a Transformer over the slices, 
 inter   clustering of views of a volume, the unit mean of the Transformer's tokens
 joint   all three in one step
 A run is a list of them with their shares of the steps (`joint.phases`, `joint.shares`); each starts with a fresh
-optimiser and has the whole schedule. `joint.objective`: swav = swapped prediction with Sinkhorn codes; deepcluster =
-cross-entropy to k-means clusters of the last epoch (`clusters.py`), an epoch being a pass over the term's own stream.
+optimiser and has the whole schedule. `joint.objective`: swav = swapped prediction with Sinkhorn codes,
+shared out over the rows of a full queue too; deepcluster = cross-entropy to k-means clusters of the last epoch
+(`clusters.py`), an epoch being a pass over the term's own stream. Small crops of an image (`joint.local`) predict the
+codes of its two views and have none.
 The slice encoder is the 2-D branch of a MiT+, or a ResNet, whose batch statistics lie in `extra`. Without `mask`,
 `inter` and `joint` nothing of the Transformer is built: the plain 2-D baselines.
 """
@@ -67,6 +69,10 @@ def make(config, data) -> Method:
   banks = {'intra': (config.head.bottleneck_dim, j.image_clusters), 'inter': (j.width, j.volume_clusters)}
   banks = {t: b for t, b in banks.items() if deep and t in terms_of_run}
   turns = {t: clusters.turns(records[STREAM[t]], batch[STREAM[t]]) for t in banks}
+  queues = {'intra': (j.image_queue, config.head.bottleneck_dim), 'inter': (j.volume_queue, j.width)}
+  queues = {t: (rows // batch[STREAM[t]], width) for t, (rows, width) in queues.items()
+            if rows and not deep and t in terms_of_run}
+  places = turns | {t: steps for t, (steps, _) in queues.items()}      # of steps in a bank or queue
 
   def init(key, params=None):
     if params is None:
@@ -74,6 +80,7 @@ def make(config, data) -> Method:
       params = {'backbone': models.init_params(model, keys[0])}
       params |= {name: m.init(k, jnp.zeros(shape))['params'] for k, (name, (m, shape)) in zip(keys[1:], new.items())}
     extra = {t: clusters.empty(records[STREAM[t]], batch[STREAM[t]], *b) for t, b in banks.items()}
+    extra |= {t: clusters.queue(steps, batch[STREAM[t]], width) for t, (steps, width) in queues.items()}
     return params, extra | ({'batch_stats': resnet.first_statistics(model)} if counts_batches else {})
 
   def of(name, params, x, **given):
@@ -104,9 +111,14 @@ def make(config, data) -> Method:
 
   def unit_images(params, extra, rows, key):
     """What is clustered: unit [B, V, bottleneck], and statistics."""
-    x = rows['xray']
-    out, stats = images(params, extra, x, view_keys(rows['rng'], x.shape[1]))
-    z = of('head', params, out.embedding, method='project')
+    crops = [rows[n] for n in ('xray', 'local') if n in rows]
+    keys, found, stats = view_keys(rows['rng'], sum(x.shape[1] for x in crops)), [], extra
+    for x in crops:      # of one size
+      mine, keys = keys[:, :x.shape[1]], keys[:, x.shape[1]:]
+      out, stats = images(params, stats, x, mine)
+      found.append(out.embedding.reshape(*x.shape[:2], -1))
+    x = jnp.concatenate(found, 1)
+    z = of('head', params, x.reshape(-1, x.shape[-1]), method='project')
     z = deformable.unit(contrastive.standardize(z) if config.head.batch_standardize else z)
     return z.reshape(*x.shape[:2], -1), stats
 
@@ -114,7 +126,9 @@ def make(config, data) -> Method:
     """What is clustered: unit [B, V, width], and statistics."""
     x = rows['ct']
     z, stats = slices(params, extra, x, view_keys(rows['rng'], x.shape[1]))
-    return features(params, z, key), stats
+    z = features(params, z, key)
+    flat = z.reshape(-1, z.shape[-1])
+    return (deformable.unit(contrastive.standardize(flat)).reshape(z.shape) if j.standardize_volumes else z), stats
 
   units = {'intra': unit_images, 'inter': unit_volumes}
 
@@ -123,9 +137,15 @@ def make(config, data) -> Method:
     z, stats = units[term](params, extra, rows, key)
     if deep:
       return clusters.loss(extra[term], z, rows['id'], j.temp), stats, {term: (z[:, :clusters.CROPS], rows['id'])}
-    logits = of('head', params, z, method='cosines') if term == 'intra' else of('prototypes', params, z)
-    loss, _ = clustering.swapped_loss(logits.swapaxes(0, 1), range(z.shape[1]), j.temp, j.eps, j.rounds)
-    return loss, stats, {}
+    cosines = lambda x: of('head', params, x, method='cosines') if term == 'intra' else of('prototypes', params, x)
+    logits = cosines(z).swapaxes(0, 1)
+    swapped = lambda queue=None: clustering.swapped_loss(logits, range(clusters.CROPS), j.temp, j.eps, j.rounds,
+                                                         queue)[0]
+    if term not in queues:
+      return swapped(), stats, {}
+    former = extra[term]
+    value = jax.lax.cond(clusters.full(former), lambda: swapped(cosines(former['bank_rows'])), swapped)
+    return value, stats, {term: (jax.lax.stop_gradient(z[:, :clusters.CROPS]), rows['id'])}
 
   def mask(params, extra, rows, key):
     z = jax.lax.stop_gradient(slices(params, extra, rows['ct'])[0])
@@ -190,7 +210,7 @@ def make(config, data) -> Method:
 
   def post(params, extra, aux, step):
     extra, inside = extra | aux.mean, place(step)[1]
-    return extra | {t: clusters.write(extra[t], *kept, inside % turns[t]) for t, kept in aux.rows.items()}
+    return extra | {t: clusters.write(extra[t], *kept, inside % places[t]) for t, kept in aux.rows.items()}
 
   @functools.partial(jax.jit, static_argnums=0, donate_argnums=2)
   def filled(term, params, bank, others, rows, key, turn):
@@ -225,9 +245,12 @@ def make(config, data) -> Method:
     return {k: features(weights, slices(weights, extra, x)[0]) if k == 'ct' else flat(x) for k, x in rows.items()
             if k != 'ct' or volumes}
 
+  predict = {'embed': embed}
+  if volumes:
+    predict['slices'] = lambda weights, extra, rows: slices(weights, extra, rows['ct'])[0]      # [B, V, D, width]
   return Method(
       init=init, groups=groups, phases={n: phase(n) for n in dict.fromkeys(j.phases)}, schedule=schedule, post=post,
-      weights={'student': lambda params, extra: params}, predict={'embed': embed}, total_steps=total,
+      weights={'student': lambda params, extra: params}, predict=predict, total_steps=total,
       steps_per_epoch=steps_per_epoch, between=between if banks else None,
       timeline=Timeline(stretched, total, lambda epochs: int(round(epochs * steps_per_epoch)), factor))
 
@@ -261,14 +284,24 @@ def check(config, records: dict) -> None:
   if 'ct' in streams and j.inter.axis == 'feature' and j.inter.slices != size[0]:
     raise ValueError(f'joint.inter.axis="feature" is made for joint.inter.slices={j.inter.slices}, views.ct.size='
                      f'{tuple(size)} has {size[0]}: let them be equal')
+  if 'intra' in terms and j.local.crops:
+    try:
+      models.build(config.model).check((j.local.size,) * 2, config.model.in_channels[0])
+    except ValueError as e:
+      raise ValueError(f'joint.local.size: {e}') from e
   if j.objective == 'deepcluster':
     for leaf, term in (('image_clusters', 'intra'), ('volume_clusters', 'inter')):
       if term in terms and (not j[leaf] or not 0 < max(j[leaf]) <= records[STREAM[term]]):
         raise ValueError(f'joint.{leaf}={tuple(j[leaf])}: a number for every head, none above the '
                          f'{records[STREAM[term]]} records of data.{STREAM[term]}')
     return
-  for leaf, term, k in (('head.out_dim', 'intra', config.head.out_dim), ('joint.prototypes', 'inter', j.prototypes)):
-    b = config.batch[STREAM[term]]
-    if term in terms and k > b:
-      logging.warning('%s=%d prototypes for batch.%s=%d: none gets a whole sample, so that the codes are almost even. '
-                      'FIX: at most %d prototypes, or a larger batch', leaf, k, STREAM[term], b, b)
+  for leaf, term, k, queue in (('head.out_dim', 'intra', config.head.out_dim, 'image_queue'),
+                               ('joint.prototypes', 'inter', j.prototypes, 'volume_queue')):
+    b, held = config.batch[STREAM[term]], j[queue]
+    if term in terms and (held % b or held < 0):
+      raise ValueError(f'joint.{queue}={held} rows are no multiple of batch.{STREAM[term]}={b}: use '
+                       f'{max(held, 0) // b * b} or {(max(held, 0) // b + 1) * b}')
+    if term in terms and k > b + held:
+      logging.warning('%s=%d prototypes for batch.%s=%d and joint.%s=%d: none gets a whole sample, so that the codes '
+                      'are almost even. FIX: joint.%s=%d, or at most %d prototypes', leaf, k, STREAM[term], b, queue,
+                      held, queue, -(-(k - b) // b) * b, b + held)
