@@ -8,15 +8,21 @@ Three healthy runs of 4,000 steps, which learn kNN and pairs, come down to RankM
 not centre, so what all embeddings share counts. They tell samples apart all the same, as their InfoNCE shows. A run
 that collapsed (pilot, 2,048 prototypes, rate 4e-3) comes to 1.13 and .008, and its teacher says the same of all
 samples: its entropy and that of the mean over the batch differ by less than .01 nats.
+
+Reconstruction is held against one grey per picture, which tells nothing. Of blocks of 4 x 4 pixels, the other baseline
+on record, healthy runs of 600 steps on phantoms show less (.02 of a DRR; blocks .003, grey .03): it is no limit.
 """
 from __future__ import annotations
 
 import math
 from typing import NamedTuple
 
+from unimiss_jax.writers import EVAL
+
 LAST = 3            # rows of a phase that must agree
-KEPT = 400          # rows that are looked at, of all phases
+KEPT = 400          # rows of steps that are looked at, of all phases
 EARLY = .3          # share of the run in which losses may still stand at chance; those of the demo do for .25
+REBUILT = .5        # share in which reconstructions may tell nothing; those of healthy runs do for .37
 NEAR_UNIFORM = .02  # of ln K
 ONE = .05           # of ln K: entropy of the mean over a batch
 SAME = .02          # nats that the teacher's answer tells about which sample it was,
@@ -27,9 +33,17 @@ APART = .9          # of chance: a contrastive loss below it does
 TELLS = .2          # nats that the teacher's answer tells about the sample: so does this
 STILL = 1e-7        # norm of an update
 SPIKE = 20.         # times the median gradient norm before
+BEFORE, RECENT = 10, 20    # rows: of the median that a loss is held against, and among which spikes are counted
+OUT, JUMP = 10., .5        # a spike is so many times the spread of those rows, and such a share of their median, above
+FALLS, FALL = 3, .03       # evaluations in which a score falls, to so much below its best
+SETTLED = .05              # of 1: samples that stay together from epoch to epoch
+CROWDED, EMPTY = .9, .5    # share of the samples in one cluster, share of the clusters without any
 STARVED = .2        # share of the time spent waiting for data
 FLAT = .5           # share of views that show nothing
-CONTRASTIVE = 'train/nce_loss', 'train/pair_nce_loss'
+APART_BY = .01      # cosine: pairs are nearer to each other than to others by this, where no chance level is known
+CONTRASTIVE = {'train/nce_loss': 'two views of one sample', 'train/pair_nce_loss': 'a CT and its DRR',
+               'train/vl_loss': 'an image and its report'}
+TERMS = 'intra', 'inter'    # of clustering
 DONE = 'perf/done'  # share of the run that is over
 
 
@@ -44,15 +58,21 @@ def findings(rows: list[dict], config, chance: dict[str, dict[str, float]]) -> l
   """What is wrong, causes before their effects; [] = healthy.
 
   Args:
-    rows: of metrics.jsonl, in order.
+    rows: of metrics.jsonl, in order, those of evaluations among them.
     config: of the run.
     chance: {phase: {metric: value for a network that tells nothing apart}}.
   """
   of = {p: ([r for r in rows if r.get('phase') == p], levels) for p, levels in chance.items()}
+  of |= {EVAL: ([r for r in rows if r.get('phase') == EVAL], {})}
   of |= {f'{p}, X-rays': (of_xrays(mine), of_xrays([levels])[0]) for p, (mine, levels) in of.items()
          if mine and any('/xray_' in k for k in mine[-1])}
   return [f for check, _ in CHECKS.values() for phase, (mine, levels) in of.items() if len(mine) >= LAST
           for f in check(phase, mine, config, levels)]
+
+
+def kept(rows: list[dict]) -> list[dict]:
+  """The rows that a verdict needs: the last of steps, and all of evaluations, which are few."""
+  return [r for r in rows if r.get('phase') == EVAL] + [r for r in rows if r.get('phase') != EVAL][-KEPT:]
 
 
 def of_xrays(rows: list[dict]) -> list[dict]:
@@ -148,17 +168,95 @@ def exploding(phase, rows, config, chance):
                     'lower optim.lr, set optim.clip=1, lengthen optim.warmup_epochs')
 
 
+def spikes(phase, rows, config, chance):
+  """Losses that keep leaping, or have leapt and stay up."""
+  told = [(r['step'], r['train/loss']) for r in rows if r.get('train/loss') is not None]
+  found = []
+  for i in range(max(BEFORE, len(told) - RECENT), len(told)):
+    middle, spread = _middle([v for _, v in told[i - BEFORE:i]])
+    if told[i][1] > middle + max(OUT * spread, JUMP * abs(middle)):
+      found.append((*told[i], middle))
+  if len(found) >= LAST:
+    step, value, middle = max(found, key=lambda f: f[1] - f[2])
+    yield Finding('loss spikes', f'{phase}: {len(found)} of the last {min(RECENT, len(told) - BEFORE)} losses are far '
+                  f'above those before, at step {step} {value:.3g}, median before {middle:.3g}',
+                  'lower optim.lr, set optim.clip=1, lengthen optim.warmup_epochs; look for odd records in the data')
+
+
 def at_chance(phase, rows, config, chance):
   """Pairs that are none: long after the start the network cannot tell them apart."""
   if not _late(config, rows):
     return
-  for key in CONTRASTIVE:
-    values = _last(rows, key)
-    if values and key in chance and min(values) >= .98 * chance[key]:
-      what = 'a CT and its DRR' if 'pair' in key else 'two views of one sample'
-      yield Finding('pairs do not match', f'{phase}: {key[6:]} {values[-1]:.3f}, chance {chance[key]:.3f}: {what} '
-                    'cannot be told from those of others', 'check that they belong together; weaken views.*, raise '
-                    'batch.* or optim.lr')
+  for key, what in CONTRASTIVE.items():
+    values, gap = _last(rows, key), _last(rows, gap_of(key))
+    blind = values and min(values) >= .98 * chance[key] if key in chance else gap and max(gap) < APART_BY
+    if blind:
+      told = [f'{key[6:]} {values[-1]:.3f}, chance {chance[key]:.3f}'] if key in chance else []
+      told += [f'cosine of pairs {gap[-1]:+.3f} beside that of others'] if gap else []
+      yield Finding('pairs do not match', f'{phase}: {", ".join(told)}: {what} cannot be told from those of others',
+                    'check that they belong together; weaken views.*, raise batch.* or optim.lr')
+
+
+def gap_of(loss: str) -> str:
+  """'train/nce_loss' -> the metric that says how much nearer its pairs are."""
+  return loss.replace('train/', 'collapse/').replace('_loss', '_gap')
+
+
+def temperature(phase, rows, config, chance):
+  scale = _last(rows, 'train/log_scale')
+  if scale and max(scale) < 0:
+    yield Finding('temperature ran away', f'{phase}: cosines are divided by {math.exp(-scale[-1]):.3g}, at 1 and above '
+                  'no pair can stand out', 'lower optim.lr; check that images and reports belong together')
+
+
+def nothing_rebuilt(phase, rows, config, chance):
+  if (_done(config, rows) or 0.) < REBUILT:
+    return
+  for kind in ('ct', 'drr', 'xray'):
+    loss, grey = _last(rows, f'train/recon_{kind}_loss'), _last(rows, f'collapse/grey_recon_{kind}')
+    if loss and grey and all(a >= b for a, b in zip(loss, grey)):
+      blur = rows[-1].get(f'collapse/blur_recon_{kind}', float('nan'))
+      yield Finding('nothing reconstructed', f'{phase}: recon_{kind}_loss {loss[-1]:.3g}, one grey per picture gives '
+                    f'{grey[-1]:.3g}, blocks of 4 x 4 pixels {blur:.3g}',
+                    f'raise loss.recon_{kind} or optim.lr; check the range of the input (see the sheets)')
+
+
+def falling(phase, rows, config, chance):
+  """A score that falls from evaluation to evaluation."""
+  asked = config.get('eval', {}).get('select', '')
+  keys = [k for k in rows[-1] if k == asked or k.startswith('eval/knn_auc') and k.count('/') == 1]
+  for key in keys if phase == EVAL else ():
+    values = [(r['step'], r[key]) for r in rows if r.get(key) is not None]
+    last = [v for _, v in values[-FALLS:]]
+    step, best = max(values[:-FALLS], key=lambda v: v[1], default=(0, -math.inf))
+    if len(values) > FALLS and max(last) < best and last[-1] < best - FALL and last == sorted(last, reverse=True):
+      yield Finding('scores fall', f'{key} {last[-1]:.3f}, at step {step} {best:.3f}, falling for {FALLS} evaluations',
+                    'best/ keeps the best weights (eval.select); lower optim.lr, or end earlier: eval.patience')
+
+
+def one_cluster(phase, rows, config, chance):
+  """Codes that are all alike, or clusters of which most are empty."""
+  for term in TERMS:
+    mean, largest, empty = (_last(rows, f'clusters/{term}_{k}') for k in ('batch_entropy', 'largest', 'empty'))
+    k = (config.head.out_dim if term == 'intra' else config.joint.prototypes) if mean else 0
+    if mean and max(mean) < ONE * math.log(k):
+      evidence = f'entropy of the mean over a batch {mean[-1]:.3f} of ln {k} = {math.log(k):.3f}: all choose the same'
+    elif largest and (min(largest) > CROWDED or min(empty) > EMPTY):
+      evidence = f'{largest[-1]:.0%} of the samples are in one cluster, {empty[-1]:.0%} of the clusters are empty'
+    else:
+      continue
+    yield Finding('one cluster', f'{phase}: {term}: {evidence}', 'lower optim.lr; head.batch_standardize=True; longer '
+                  'joint.freeze_prototypes; fewer joint.image_clusters or joint.volume_clusters')
+
+
+def unsettled(phase, rows, config, chance):
+  """Clusters that are new ones in every epoch."""
+  for term in TERMS:
+    together = _last(rows, f'clusters/{term}_kept')
+    if together and max(together) < SETTLED and _late(config, rows):
+      yield Finding('clusters do not settle', f'{phase}: {term}: who shares a cluster shares it an epoch later no more '
+                    f'often than by chance (index {together[-1]:.3f} of 1)',
+                    'lower optim.lr or joint.rates; fewer clusters, more joint.kmeans_rounds')
 
 
 def starved(phase, rows, config, chance):
@@ -173,8 +271,21 @@ CHECKS = {      # disease: check, what it reads; the cause before its effects
     'frozen student': (still_student, 'train/update_norm_rest'), 'frozen teacher': (still_teacher, 'train/momentum'),
     'one prototype': (one_prototype, 'collapse/batch_entropy'),
     'uniform teacher': (uniform_teacher, 'collapse/teacher_entropy'),
+    'one cluster': (one_cluster, tuple(f'clusters/{t}_{k}' for t in TERMS for k in ('batch_entropy', 'largest'))),
+    'clusters do not settle': (unsettled, tuple(f'clusters/{t}_kept' for t in TERMS)),
     'dead features': (dead_features, 'collapse/rankme'), 'exploding gradient': (exploding, 'train/grad_norm'),
-    'pairs do not match': (at_chance, CONTRASTIVE[0]), 'data starvation': (starved, 'data/wait_frac')}
+    'loss spikes': (spikes, 'train/loss'), 'pairs do not match': (at_chance, tuple(CONTRASTIVE)),
+    'temperature ran away': (temperature, 'train/log_scale'),
+    'nothing reconstructed': (nothing_rebuilt, tuple(f'collapse/grey_recon_{k}' for k in ('ct', 'drr', 'xray'))),
+    'scores fall': (falling, ('eval/knn_auc_ct', 'eval/knn_auc_xray')), 'data starvation': (starved, 'data/wait_frac')}
+
+
+
+def _middle(values) -> tuple:
+  """Median, and median distance from it."""
+  median = lambda x: sorted(x)[len(x) // 2]
+  middle = median(values)
+  return middle, median([abs(v - middle) for v in values])
 
 
 def _told(rows) -> list[float]:

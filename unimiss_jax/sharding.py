@@ -69,7 +69,7 @@ RULES = (                                   # first match wins; moments and teac
     (r'(^|/)(kernel|weight_v|embedding)$', fsdp),
     (r'(pos_embed|PosEmbed|cls_tokens|_table|class_token|mask_token)', fsdp),
     (r'(^|/)(center|center_patch|token|mean|var|table)$', P()),
-    (r'(^|/)centroids/', P()),
+    (r'(^|/)(centroids|told)/', P()),
     (r'(^|/)bank_rows$', P(None, None, AXES)),        # [crops, steps, rows of a batch, width]
     (r'(^|/)bank_ids$', P(None, AXES)),               # [steps, rows of a batch]
 )

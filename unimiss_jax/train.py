@@ -211,7 +211,7 @@ class Run:
     over = lambda at: bool(self.best) and self.best.exhausted(at)
     if self.main:
       self.writer = Writer(self.mirror.local, start, config.log.tensorboard, config.log.wandb, config.to_dict())
-      self.rows = [r for r in summary.rows(self.mirror.local) if r.get('phase') != EVAL][-health.KEPT:]
+      self.rows = health.kept(summary.rows(self.mirror.local))
     self.live = Live(self.mirror.local if self.main else None, {n: p.chance for n, p in self.method.phases.items()})
     self.describe()
     self.observer = Observer(config, self.method, self.mesh, evalset.build(config) if config.eval.tasks else None,
@@ -332,7 +332,7 @@ class Run:
     if self.main:
       self.writer.write_scalars(i, values | perf, phase)
       known = {k: v for k, v in values.items() if math.isfinite(v)}
-      self.rows = [*self.rows[-health.KEPT:], {'step': i, 'phase': phase} | known | perf]
+      self.rows = health.kept([*self.rows, {'step': i, 'phase': phase} | known | perf])
       logging.info(self.progress.line(i + 1, phase, values, perf))
       self.mirror.push()
 
@@ -355,6 +355,7 @@ class Run:
     if self.main:
       cost = {f'perf/{k}': v for k, v in self.cost.spent().items()}
       self.writer.write_scalars(at, values | cost, EVAL)
+      self.rows = health.kept([*self.rows, {'step': at, 'phase': EVAL} | values])
     short = {k: v for k, v in values.items() if k.count('/') == 1}
     logging.info('eval step %d on %s (%s): %s', at, self.observer.evalset.name, clock(watch.seconds),
                  ', '.join(f'{k[5:]} {v:.3f}' for k, v in short.items()))

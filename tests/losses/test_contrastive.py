@@ -155,3 +155,11 @@ def test_standardize():
   y = np.asarray(contrastive.standardize(z.astype(np.float32)))
   np.testing.assert_allclose(y.mean(0), 0, atol=1e-5)
   np.testing.assert_allclose(y.std(0), 1, atol=1e-4)
+
+
+def test_gap_is_how_much_nearer_pairs_are_than_others():
+  a, b = np.random.default_rng(5).normal(size=(2, 7, 4))
+  unit = lambda v: v / np.linalg.norm(v, axis=1, keepdims=True)
+  cosines = unit(a) @ unit(b).T
+  others = cosines[~np.eye(7, dtype=bool)].mean()
+  np.testing.assert_allclose(contrastive.gap(*jax.numpy.asarray((a, b))), np.trace(cosines) / 7 - others, rtol=1e-5)

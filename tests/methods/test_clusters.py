@@ -97,3 +97,14 @@ def test_a_queue_holds_the_rows_of_the_last_steps():
     want[:, step % 2] = z.swapaxes(0, 1)
   np.testing.assert_array_equal(store['bank_rows'], want.astype(np.float32))
   np.testing.assert_array_equal(store['bank_ids'], [[4, 5, 6], [3, 4, 5]])
+
+
+def test_what_is_told_of_clusters():
+  """Renamed clusters are the same ones; the index of a known pair of assignments is worked out by hand."""
+  old = jnp.int32([[0, 0, 0, 1, 1, 1, -100]])
+  told = lambda new, k=3: {n: float(v) for n, v in clusters.told(old, jnp.int32([new]), [k]).items()}
+  same = told([2, 2, 2, 0, 0, 0, 0])
+  np.testing.assert_allclose([same[k] for k in clusters.TOLD], [4 / 7, 1 / 3, 1.], rtol=1e-6)
+  # pairs: 2 in both, 6 in the old ones, 3 in the new ones, 15 in all: (2 - 1.2) / (4.5 - 1.2)
+  np.testing.assert_allclose(told([0, 0, 1, 1, 2, 2, 0])['kept'], .8 / 3.3, rtol=1e-5)
+  assert np.isnan(clusters.told(jnp.full((1, 3), -100), jnp.int32([[0, 1, 1]]), [2])['kept'])

@@ -24,14 +24,19 @@ def rankme(features, eps=1e-7):
 
 
 def teacher(logits, center, temperature) -> dict:
-  """Teacher logits [..., K], centre [1, K] -> mean entropy of its softmax (ln K = uniform, 0 = one prototype),
-  entropy of the batch mean (0 = all samples on one prototype), norm of the centre, and of the prototypes that could be
-  the first choice of a row, as many as rows, the share that is."""
-  z = (wide(logits) - center) / temperature
+  """Teacher logits [..., K], centre [1, K] -> `choices` of its softmax, and the norm of the centre."""
+  entropy, batch_entropy, used = choices(wide(logits) - center, temperature)
+  return {'collapse/teacher_entropy': entropy, 'collapse/batch_entropy': batch_entropy,
+          'collapse/prototypes_used': used, 'collapse/center_norm': jnp.linalg.norm(wide(center))}
+
+
+def choices(logits, temperature) -> tuple:
+  """Logits [..., K] -> mean entropy of their softmax (ln K = uniform, 0 = one prototype), entropy of its mean over all
+  rows (0 = all rows on one prototype), and of the prototypes that could be the first choice of a row, as many as rows,
+  the share that is."""
+  z = wide(logits) / temperature
   p = softmax(z, -1)
   q = p.reshape(-1, p.shape[-1]).mean(0)
   first = jnp.zeros(p.shape[-1], bool).at[jnp.argmax(z, -1).ravel()].set(True).sum()
-  return {'collapse/teacher_entropy': -(p * log_softmax(z, -1)).sum(-1).mean(),
-          'collapse/batch_entropy': -(q * jnp.log(q + 1e-12)).sum(),
-          'collapse/prototypes_used': first / min(z.size // z.shape[-1], z.shape[-1]),
-          'collapse/center_norm': jnp.linalg.norm(wide(center))}
+  return (-(p * log_softmax(z, -1)).sum(-1).mean(), -(q * jnp.log(q + 1e-12)).sum(),
+          first / min(z.size // z.shape[-1], z.shape[-1]))

@@ -88,6 +88,15 @@ def siglip(image, text, log_scale, bias, valid=None, axis_name=None):
   return -total(log_p.sum()) / jnp.maximum(total(valid.sum()), 1)
 
 
+def gap(a, b):
+  """[B, D], row i of one belongs to row i of the other -> mean cosine of those that belong together, less that of all
+  others; 0 = nothing tells them apart. No gradient."""
+  a, b = (_unit(jax.lax.stop_gradient(x)) for x in (a, b))
+  own, n = (a * b).sum(-1).mean(), len(a)
+  others = (n * (a.mean(0) @ b.mean(0)) - own) / max(n - 1, 1)
+  return own - others
+
+
 def unit_rows(image, text, valid):
   """Rows of length 1, never narrower than float32, and which are valid; the others become 0, whatever they held."""
   valid = jnp.ones(len(image), bool) if valid is None else valid.astype(bool)

@@ -20,6 +20,13 @@ def blurred_mse(target, block: int = 4):
   return jnp.mean((blocks - blocks.mean((-4, -2), keepdims=True))**2)
 
 
+def baselines(kind: str, target) -> dict:
+  """What a reconstruction of this kind is held against: its loss for one that shows blocks of pixels only, and for one
+  grey per picture (of a volume: per slice), which tells nothing."""
+  grey = jnp.var(target, (-3, -2)).mean()
+  return {f'collapse/blur_recon_{kind}': blurred_mse(target), f'collapse/grey_recon_{kind}': grey}
+
+
 def sigmoid_mse(raw, target):
   """Mean over all elements of (sigmoid(raw) - target)^2; no gradient reaches the target."""
   raw = raw.astype(jnp.promote_types(raw.dtype, jnp.float32))

@@ -6,6 +6,7 @@ are shared out over the samples of the last steps too:
   bank_ids    [S, B]        whose they are; EMPTY where nobody was yet
   centroids   {head: [K, D]}
   table       [H, records]  cluster of every sample in every head; UNSEEN without one
+  told        see `told`
 The rows of a step lie as the batch does: a device writes and clusters its own, whatever the number of devices.
 """
 import functools
@@ -20,6 +21,8 @@ from unimiss_jax.sharding import AXES, replicated
 
 CROPS = 2      # of a sample that are kept; head h clusters crop h mod CROPS
 EMPTY = -1
+TOLD = 'largest', 'empty', 'kept'
+MOST = 4096    # clusters of a head whose moves are counted: that takes a table of all pairs of them
 
 
 def turns(records: int, batch: int) -> int:
@@ -41,7 +44,8 @@ def empty(records: int, batch: int, width: int, clusters) -> dict:
   """A store in which nobody was; clusters: their number in each head."""
   return queue(turns(records, batch), batch, width) | {
           'centroids': {f'head_{h}': jnp.zeros((k, width)) for h, k in enumerate(clusters)},
-          'table': jnp.full((len(clusters), records), clustering.UNSEEN, jnp.int32)}
+          'table': jnp.full((len(clusters), records), clustering.UNSEEN, jnp.int32),
+          'told': {k: jnp.full((), jnp.nan) for k in TOLD}}
 
 
 def write(store, z, ids, turn):
@@ -64,6 +68,37 @@ def renewed(store, key, rounds: int):
                               {k: store[k] for k in found})
 
 
+def told(old, new, clusters) -> dict:
+  """What the clusters of an epoch, [H, records], are like beside those of the one before; `clusters`: of each head.
+
+  Returns:
+    largest: share of the samples in the largest cluster, of the worst head.
+    empty: share of the clusters that nobody is in, mean over the heads.
+    kept: whether those who were together still are: the adjusted Rand index (Hubert and Arabie 1985), mean over the
+      heads: 1 = all, 0 = no more than chance has it, whatever the clusters are called now. NaN where there was no
+      epoch before, and for more than MOST clusters.
+  """
+  sizes = [_counts(n, k) for n, k in zip(new, clusters)]
+  kept = [_rand(o, n, k) if k <= MOST else jnp.nan for o, n, k in zip(old, new, clusters)]
+  return {'largest': jnp.stack([s.max() / jnp.maximum(s.sum(), 1) for s in sizes]).max(),
+          'empty': sum((s == 0).mean() for s in sizes) / len(sizes), 'kept': jnp.asarray(sum(kept) / len(kept))}
+
+
+def _counts(of, k: int):
+  """[N] numbers below k, others do not count -> [k]."""
+  return jnp.zeros(k).at[jnp.where(of < 0, k, of)].add(1., mode='drop')
+
+
+def _rand(old, new, k: int):
+  """Adjusted Rand index of two assignments [N] to k clusters, of those who are in one both times."""
+  both = (old >= 0) & (new >= 0)
+  pairs = lambda n: (n * (n - 1) / 2).sum()
+  table = _counts(jnp.where(both, old * k + new, -1), k * k).reshape(k, k)
+  a, b, n = pairs(table.sum(1)), pairs(table.sum(0)), both.sum()
+  by_chance = a * b / (n * (n - 1) / 2)
+  return (pairs(table) - by_chance) / ((a + b) / 2 - by_chance)
+
+
 @functools.lru_cache(maxsize=8)
 def _program(mesh, rounds: int):
   """(store, key) -> its new centroids and table."""
@@ -80,5 +115,6 @@ def _program(mesh, rounds: int):
       init = clustering.seed_rows(jax.random.fold_in(key, h), memory, ids != EMPTY, len(old))
       centroids[f'head_{h}'], of = everywhere(memory, ids != EMPTY, init)
       table.append(clustering.scatter_assign(ids.ravel(), of.ravel(), store['table'].shape[1]))
-    return {'centroids': centroids, 'table': jnp.stack(table)}
+    return {'centroids': centroids, 'table': jnp.stack(table),
+            'told': told(store['table'], table, [len(c) for c in centroids.values()])}
   return jax.jit(program, out_shardings=replicated(mesh))

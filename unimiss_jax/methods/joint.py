@@ -24,7 +24,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from unimiss_jax import models
-from unimiss_jax.losses import clustering, contrastive
+from unimiss_jax.losses import clustering, collapse, contrastive
 from unimiss_jax.methods import clusters
 from unimiss_jax.methods.base import Aux, Method, Phase, Timeline, view_keys, weighted
 from unimiss_jax.models import deformable, resnet
@@ -133,19 +133,23 @@ def make(config, data) -> Method:
   units = {'intra': unit_images, 'inter': unit_volumes}
 
   def clustered(term, params, extra, rows, key):
-    """-> loss, batch statistics, {term: rows of its bank}."""
+    """-> loss, batch statistics, {term: rows of its bank}, {metric: what the clusters are like}."""
     z, stats = units[term](params, extra, rows, key)
     if deep:
-      return clusters.loss(extra[term], z, rows['id'], j.temp), stats, {term: (z[:, :clusters.CROPS], rows['id'])}
+      kept = {term: (z[:, :clusters.CROPS], rows['id'])}
+      told = {f'clusters/{term}_{k}': v for k, v in extra[term]['told'].items()}
+      return clusters.loss(extra[term], z, rows['id'], j.temp), stats, kept, told
     cosines = lambda x: of('head', params, x, method='cosines') if term == 'intra' else of('prototypes', params, x)
     logits = cosines(z).swapaxes(0, 1)
+    names = (f'clusters/{term}_{k}' for k in ('entropy', 'batch_entropy', 'used'))
+    told = dict(zip(names, collapse.choices(jax.lax.stop_gradient(logits), j.temp)))
     swapped = lambda queue=None: clustering.swapped_loss(logits, range(clusters.CROPS), j.temp, j.eps, j.rounds,
                                                          queue)[0]
     if term not in queues:
-      return swapped(), stats, {}
+      return swapped(), stats, {}, told
     former = extra[term]
     value = jax.lax.cond(clusters.full(former), lambda: swapped(cosines(former['bank_rows'])), swapped)
-    return value, stats, {term: (jax.lax.stop_gradient(z[:, :clusters.CROPS]), rows['id'])}
+    return value, stats, {term: (jax.lax.stop_gradient(z[:, :clusters.CROPS]), rows['id'])}, told
 
   def mask(params, extra, rows, key):
     z = jax.lax.stop_gradient(slices(params, extra, rows['ct'])[0])
@@ -156,7 +160,7 @@ def make(config, data) -> Method:
     tokens = of('inter', params, given.reshape(b * v, d, -1), train=True, rngs={'dropout': key})
     pred = of('mask', params, tokens).reshape(z.shape)
     loss = importlib.import_module(MASK_LOSS[j.mask_loss]).masked_slices
-    return loss(pred.swapaxes(0, 1), z.swapaxes(0, 1), hidden), {}, {}
+    return loss(pred.swapaxes(0, 1), z.swapaxes(0, 1), hidden), {}, {}, {}
 
   losses = {'mask': mask} | {t: functools.partial(clustered, t) for t in units}
   even = lambda counts: sum(map(math.log, counts)) / len(counts)
@@ -167,10 +171,11 @@ def make(config, data) -> Method:
     def loss(params, extra, rows, key, step):
       keys = dict(zip(TERMS['joint'], jax.random.split(key, 3)))
       found = {t: losses[t](params, extra, rows[STREAM[t]], keys[t]) for t in TERMS[name]}
-      value, aux = weighted({f'{t}_loss': (1., found[t][0]) for t in found}, {}, {})
-      stats = [s for _, s, _ in found.values() if s]
+      told = dict(kv for *_, told in found.values() for kv in told.items())
+      value, aux = weighted({f'{t}_loss': (1., found[t][0]) for t in found}, {}, told)
+      stats = [s for _, s, *_ in found.values() if s]
       mean = jax.tree.map(lambda *x: sum(x) / len(x), *stats) if stats else {}
-      return value, Aux(mean, dict(kv for *_, kept in found.values() for kv in kept.items()), aux.metrics)
+      return value, Aux(mean, dict(kv for *_, kept, _ in found.values() for kv in kept.items()), aux.metrics)
 
     def update(group, step):
       if not any(group in TRAINS[t] for t in TERMS[name]):

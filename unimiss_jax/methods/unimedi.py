@@ -160,8 +160,9 @@ def make(config, data) -> Method:
     terms, mean = {}, {}
     if u.vl:
       together = {k: jnp.concatenate([batch[n][k] for n in names]) for k in ('ids', 'mask', 'report')}
-      terms['vl_loss'] = (u.vl, language(params, cls @ params['vision_proj']['kernel'], written(params, together),
-                                         together['report'], [len(x) for x in images]))
+      looked, said = cls @ params['vision_proj']['kernel'], written(params, together)
+      metrics['collapse/vl_gap'] = contrastive.gap(looked, jnp.roll(said, 1, 0) if u.shuffle_reports else said)
+      terms['vl_loss'] = (u.vl, language(params, looked, said, together['report'], [len(x) for x in images]))
     if u.icl:
       terms['icl_loss'] = (u.icl, jnp.concatenate(classes).mean())
     if u.pcl:

@@ -104,6 +104,9 @@ def make(config, data, times=alternation.paired) -> Method:
       z, group = jnp.stack([z[0], jnp.roll(z[1], 1, axis=0)]), jnp.stack([group, jnp.roll(group, 1)])
     return contrastive.nt_xent(z, loss.nce_temp, group)
 
+  def gap(z):      # of the pairs that views_loss compares
+    return contrastive.gap(z[0], jnp.roll(z[1], 1, axis=0) if loss.shuffle_pairs else z[1])
+
   def teach(extra, x, step):
     """Teacher logits of two views [B, 2, ...] (their slices: [B, 2 * S, ...], averaged), log codes after Sinkhorn
     rounds, or embeddings where no prototypes compare them; as little of the network as gives an embedding. And the
@@ -227,10 +230,10 @@ def make(config, data, times=alternation.paired) -> Method:
       terms['patch_loss'] = (more.patch, patches(params, extra, tokens, seen['ct'], m_ct, step))
     if loss.recon_ct:
       target = reconstruction.minmax(rows['ct'], loss.recon_minmax_eps, axes=(2, 3, 4))
-      metrics['collapse/blur_recon_ct'] = reconstruction.blurred_mse(target)
+      metrics |= reconstruction.baselines('ct', target)
       terms['recon_ct_loss'] = (loss.recon_ct, rebuilt(r_ct, target, m_ct))
     if loss.recon_drr:
-      metrics['collapse/blur_recon_drr'] = reconstruction.blurred_mse(rows['drr'])
+      metrics |= reconstruction.baselines('drr', rows['drr'])
       terms['recon_drr_loss'] = (loss.recon_drr, rebuilt(r_drr, rows['drr'], m_drr))
     if more.koleo:
       terms['koleo_loss'] = (more.koleo, apart(e_ct))
@@ -238,11 +241,13 @@ def make(config, data, times=alternation.paired) -> Method:
       z_ct = project(params, e_ct)
     if loss.nce:
       terms['nce_loss'] = (loss.nce, views_loss(z_ct, rows['group']))
+      metrics['collapse/nce_gap'] = gap(z_ct)
     if loss.pair_nce:
       z_drr = project(params, e_drr)
       partner = jnp.roll(z_drr, 1, axis=1) if loss.shuffle_pairs else z_drr
       scan = None if loss.shuffle_pairs else rows['group']
       pair = partial(contrastive.info_nce, log_scale=-math.log(loss.nce_temp), report_id=scan)
+      metrics['collapse/pair_nce_gap'] = contrastive.gap(z_ct[0], partner[0])
       terms['pair_nce_loss'] = (loss.pair_nce, (pair(z_ct[0], partner[0]) + pair(z_ct[1], partner[1])) / 2)
     return weighted(terms, mean, metrics)
 
@@ -261,12 +266,14 @@ def make(config, data, times=alternation.paired) -> Method:
       if more.patch:
         terms['patch_loss'] = (more.patch, patches(params, extra, tokens, seen, mask, step))
     if loss.recon_xray:
-      metrics['collapse/blur_recon_xray'] = reconstruction.blurred_mse(rows['xray'])
+      metrics |= reconstruction.baselines('xray', rows['xray'])
       terms['recon_xray_loss'] = (loss.recon_xray, rebuilt(r, rows['xray'], mask))
     if more.koleo:
       terms['koleo_loss'] = (more.koleo, apart(e))
     if loss.nce:
-      terms['nce_loss'] = (loss.nce, views_loss(project(params, e), rows['group']))
+      z = project(params, e)
+      metrics['collapse/nce_gap'] = gap(z)
+      terms['nce_loss'] = (loss.nce, views_loss(z, rows['group']))
     return weighted(terms, mean, metrics)
 
   def joint_loss(params, extra, batch, key, step):

@@ -36,10 +36,10 @@ def judged(run: RunFiles, chance: dict) -> Verdict:
   if not any(sum(r['phase'] == p for r in rows) >= NEEDED for p in phases):
     return Verdict('not known yet: too few rows', [], False)
   try:
-    found = health.findings(rows[-health.KEPT:], ConfigDict(run.config), phases)
+    found = health.findings(health.kept(run.rows), ConfigDict(run.config), phases)
   except (AttributeError, KeyError, TypeError, ValueError) as e:
     return Verdict(f'not known: config.json or metrics.jsonl lacks what it needs ({e})', [], False)
-  return Verdict(health.line(run.steps(), found, rows[-health.KEPT:]), found, True)
+  return Verdict(health.line(run.steps(), found, health.kept(run.rows)), found, True)
 
 
 def levels(run: RunFiles) -> dict:
@@ -98,16 +98,17 @@ def health_panel(runs, verdicts) -> str:
   if len(runs) > FEW:
     return ''
   head, rows = ['disease', *(r.name if len(runs) > 1 else 'found' for r in runs), 'told by'], []
-  for disease, (_, reads) in health.CHECKS.items():
+  for disease, (_, names) in health.CHECKS.items():
+    reads = (names,) if isinstance(names, str) else names
     cells = []
     for run, v in zip(runs, verdicts):
       mine = [f for f in v.found if f.disease == disease]
       if mine:
         cells.append(f'<td class="bad">{escape("; ".join(f.evidence for f in mine))}</td>')
       else:
-        known = v.known and run.last(reads) is not None      # no rows, no opinion
+        known = v.known and any(run.last(k) is not None for k in reads)      # no rows, no opinion
         cells.append('<td>no sign</td>' if known else '<td class="dim">not measured</td>')
-    cells = [f'<td class="key">{escape(disease)}</td>', *cells, f'<td class="dim name">{escape(reads)}</td>']
+    cells = [f'<td class="key">{escape(disease)}</td>', *cells, f'<td class="dim name">{escape(", ".join(reads))}</td>']
     rows.append(f'<tr>{"".join(cells)}</tr>')
   title = ''.join(f'<th>{escape(h)}</th>' for h in head[:-1]) + f'<th class="name">{head[-1]}</th>'
   return f'<div class="scroll"><table><tr>{title}</tr>{"".join(rows)}</table></div>'
