@@ -18,7 +18,7 @@ PILOT = 'configs/unimiss.py:phantom'
 LARGER = {'views.ct.size': (16, 64, 64), 'model.volume_size': (16, 64, 64)}
 ALL_TERMS = LARGER | {'loss.ct': 1., 'loss.drr': .5, 'loss.slice': .1, 'loss.xray': 1., 'loss.recon_ct': 5.,
              'loss.recon_drr': 5., 'loss.recon_xray': 5., 'loss.slices': 4, 'head.out_dim': 128}
-# Half the samples a step and every 8th slice, for rows of three and a half minutes of one core.
+# Half the samples a step and every 8th slice, for rows of two to five minutes of one core.
 SHORT = ALL_TERMS | {'batch.ct': 4, 'batch.xray': 8, 'loss.slices': 8, 'steps': 360, 'optim.warmup_epochs': .2,
                      'eval.every': 0}
 NO_2D = {'phases.xray': 0, 'loss.drr': 0., 'loss.recon_drr': 0., 'loss.pair_nce': 0., 'loss.slice': 0.}
