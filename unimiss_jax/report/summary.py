@@ -6,7 +6,8 @@ from etils import epath
 KNN = ('eval/knn_auc_ct', 'eval/knn_auc_xray')
 RECALL = ('eval/drr_to_ct_r10', 'eval/xray_to_ct_r10')
 TASK = {'eval/auroc': .5, 'eval/dice': None}      # of validation cases; their chance, where it is known
-STUDIES = dict.fromkeys(('eval/xray_to_text_r1', 'eval/ct_to_text_r1', 'eval/xray_to_ct_r1'), 1 / 32) | {
+STUDIES = dict.fromkeys(('eval/xray_to_text_r1', 'eval/ct_to_text_r1', 'eval/xray_to_ct_r1'), 1 / 32) | dict.fromkeys(
+    (f'eval/{s}_{k}_auc' for k in ('zero_shot', 'probe') for s in ('xray', 'ct')), .5) | {
     'eval/slice_recall': None}                    # of phantom studies, 32 classes
 
 
