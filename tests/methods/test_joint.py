@@ -107,7 +107,7 @@ def test_presets_of_the_papers_sizes_build_their_state(preset):
 def test_slices_that_the_attention_cannot_halve_are_named():
   config = tiny()
   config.views.ct.size = (18, 64, 64)
-  with pytest.raises(ValueError, match=r'18 slices of views.ct.size=.* no multiple of joint.inter.downsample=4'):
+  with pytest.raises(ValueError, match=r'18 slices of views.ct.size=.* multiple of joint.inter.downsample=4: use 16'):
     made(config)
 
 
