@@ -70,6 +70,22 @@ def findings(rows: list[dict], config, chance: dict[str, dict[str, float]]) -> l
           for f in check(phase, mine, config, levels)]
 
 
+class Judge:
+  """What a run has told so far, as far as a verdict needs it."""
+
+  def __init__(self, config, chance, rows: list[dict]):
+    """config, chance: of `findings`; rows: of former lives."""
+    self.config, self.chance, self.rows = config, chance, kept(rows)
+
+  def add(self, step: int, phase: str, values: dict) -> None:
+    self.rows = kept([*self.rows, {'step': step, 'phase': phase} | values])
+
+  def verdict(self, steps: int) -> tuple[list[Finding], str]:
+    """What is wrong after so many steps, and the line that says so."""
+    found = findings(self.rows, self.config, self.chance)
+    return found, line(steps, found, self.rows)
+
+
 def kept(rows: list[dict]) -> list[dict]:
   """The rows that a verdict needs: the last of steps, and all of evaluations, which are few."""
   return [r for r in rows if r.get('phase') == EVAL] + [r for r in rows if r.get('phase') != EVAL][-KEPT:]
@@ -278,7 +294,6 @@ CHECKS = {      # disease: check, what it reads; the cause before its effects
     'temperature ran away': (temperature, 'train/log_scale'),
     'nothing reconstructed': (nothing_rebuilt, tuple(f'collapse/grey_recon_{k}' for k in ('ct', 'drr', 'xray'))),
     'scores fall': (falling, ('eval/knn_auc_ct', 'eval/knn_auc_xray')), 'data starvation': (starved, 'data/wait_frac')}
-
 
 
 def _middle(values) -> tuple:

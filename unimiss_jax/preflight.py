@@ -14,8 +14,9 @@ from typing import NamedTuple
 
 import jax
 
-from unimiss_jax import __version__, processes, sharding, validate, workdir
+from unimiss_jax import __version__, processes, sharding, step, validate, workdir
 from unimiss_jax.optim import named_leaves
+from unimiss_jax.state import parameters
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 SOURCES = 'unimiss_jax', 'data_pipelines'
@@ -180,3 +181,17 @@ def trim_memory() -> None:
   trim = getattr(ctypes.CDLL(None), 'malloc_trim', None) if sys.platform == 'linux' else None
   if trim:
     trim(0)
+
+
+def describe(config, method, state, streams, read_ahead: float, mesh) -> None:
+  """Logs what begins: sizes, data, devices, rate, and the losses of a network that tells nothing apart."""
+  total, (lr, _) = method.total_steps, step.schedules(config, method)
+  levels = {f'{n} {k[6:]} {v:.3f}' for n, p in method.phases.items() for k, v in p.chance.items()}
+  logging.info('%s, preset %s | %.2f M parameters, state %.3g GB a device | %d steps, %d an epoch | %s, '
+               'up to %.2g GB of them read ahead | mesh %s, %d processes | learning rate %.2e',
+               config.method, config.preset, parameters(state.params) / 1e6, sharding.bytes_per_device(state) / 1e9,
+               total, method.steps_per_epoch, ', '.join(f'{s.records} {n} records' for n, s in streams.items()),
+               read_ahead / 1e9, dict(mesh.shape), jax.process_count(),
+               max(float(lr(i)) for i in range(0, total, max(total // 1000, 1))))
+  if levels:
+    logging.info('chance level: %s', ', '.join(sorted(levels)))

@@ -77,6 +77,16 @@ def make_step(config, method, optimiser, phase_name, mesh, finish=None):
   return step_fn
 
 
+def compiled(config, method, optimiser, phase, mesh, streams, state):
+  """The step of a phase for the shapes of `state` and of the streams; it donates its state."""
+  rows = sharding.batch_sharding(mesh)
+  batch = {s: {k: jax.ShapeDtypeStruct((n, *shape), dtype, sharding=rows)
+               for k, (shape, dtype) in streams[s].spec.items()} for s, n in method.phases[phase].streams.items()}
+  out = jax.tree.map(lambda x: x.sharding, state), sharding.replicated(mesh)
+  f = make_step(config, method, optimiser, phase, mesh, {n: s.finish for n, s in streams.items()})
+  return jax.jit(f, donate_argnums=0, out_shardings=out).lower(state, batch).compile()
+
+
 def flat_views(batch):
   """Share of the views [B, V, ...] of a batch that show nothing: the same number everywhere, to a thousandth."""
   views = [x for rows in batch.values() for x in rows.values()

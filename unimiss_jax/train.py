@@ -130,7 +130,7 @@ class Run:
   def __init__(self, config, folder, mirror, resume):
     self.config, self.folder, self.mirror = config, folder, mirror
     self.main, self.cost = processes.main(), Cost()
-    self.writer, self.rows = None, []      # rows: the last ones that were logged
+    self.writer, self.judge = None, None      # of the first process
     self.mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp)
     self.streams = processes.together(
         lambda: streams.build(config, validate.streams(config), jax.process_index(), jax.process_count()))
@@ -175,7 +175,8 @@ class Run:
       logging.info('resumed step %d | data index %s', int(self.state.step),
                    ', '.join(f'{n} {p}' for n, p in meta['positions'].items()))
     pool = futures.ThreadPoolExecutor(1)      # compiles while phantoms are drawn and evaluated; one at a time: memory
-    self.steps = {n: pool.submit(self.compile, n, template) for n in self.method.phases}
+    self.steps = {n: pool.submit(step.compiled, config, self.method, self.optimiser, n, self.mesh, self.streams,
+                                 template) for n in self.method.phases}
     pool.shutdown(wait=False)
 
   def refusal(self, meta) -> str | None:
@@ -193,27 +194,17 @@ class Run:
                 f'{force}')
     return None
 
-  def compile(self, phase, state):
-    """The step of a phase for the shapes of `state` and of the streams; it donates its state."""
-    rows = sharding.batch_sharding(self.mesh)
-    batch = {s: {k: jax.ShapeDtypeStruct((n, *shape), dtype, sharding=rows)
-                 for k, (shape, dtype) in self.streams[s].spec.items()}
-             for s, n in self.method.phases[phase].streams.items()}
-    out = jax.tree.map(lambda x: x.sharding, state), sharding.replicated(self.mesh)
-    f = step.make_step(self.config, self.method, self.optimiser, phase, self.mesh,
-                       {n: s.finish for n, s in self.streams.items()})
-    return jax.jit(f, donate_argnums=0, out_shardings=out).lower(state, batch).compile()
-
   def train(self, stop, watchdog, preempt_exit_code) -> int:
     """The loop from where the state stands; returns the exit code."""
     config, total = self.config, self.total
     start = int(self.state.step)
     over = lambda at: bool(self.best) and self.best.exhausted(at)
+    chance = {n: p.chance for n, p in self.method.phases.items()}
     if self.main:
       self.writer = Writer(self.mirror.local, start, config.log.tensorboard, config.log.wandb, config.to_dict())
-      self.rows = health.kept(summary.rows(self.mirror.local))
-    self.live = Live(self.mirror.local if self.main else None, {n: p.chance for n, p in self.method.phases.items()})
-    self.describe()
+      self.judge = health.Judge(config, chance, summary.rows(self.mirror.local))
+    self.live = Live(self.mirror.local if self.main else None, chance)
+    preflight.describe(config, self.method, self.state, self.streams, self.read_ahead, self.mesh)
     self.observer = Observer(config, self.method, self.mesh, evalset.build(config) if config.eval.tasks else None,
                              evalset.preview(config, self.streams))
     tests = cases.of(config, 'test') if 'task' in config else None      # a fault of theirs must not wait for the end
@@ -307,23 +298,10 @@ class Run:
       self.skipped(i, phase, metrics, batch)
     every = self.config.log.health_every
     if self.main and every and ((i + 1) % every == 0 or i + 1 == self.total):
-      found = health.findings(self.rows, self.config, {n: p.chance for n, p in self.method.phases.items()})
-      logging.log(logging.WARNING if found else logging.INFO, health.line(i + 1, found, self.rows))
+      found, told = self.judge.verdict(i + 1)
+      logging.log(logging.WARNING if found else logging.INFO, told)
     if forecast := self.progress.forecast(i + 1, self.mesh.size, self.flops):
       logging.info(forecast)
-
-  def describe(self):
-    lr, _ = step.schedules(self.config, self.method)
-    levels = {f'{n} {k[6:]} {v:.3f}' for n, p in self.method.phases.items() for k, v in p.chance.items()}
-    logging.info('%s, preset %s | %.2f M parameters, state %.3g GB a device | %d steps, %d an epoch | %s, '
-                 'up to %.2g GB of them read ahead | mesh %s, %d processes | learning rate %.2e',
-                 self.config.method, self.config.preset, parameters(self.state.params) / 1e6,
-                 sharding.bytes_per_device(self.state) / 1e9, self.total, self.method.steps_per_epoch,
-                 ', '.join(f'{s.records} {n} records' for n, s in self.streams.items()), self.read_ahead / 1e9,
-                 dict(self.mesh.shape), jax.process_count(),
-                 max(float(lr(i)) for i in range(0, self.total, max(self.total // 1000, 1))))
-    if levels:
-      logging.info('chance level: %s', ', '.join(sorted(levels)))
 
   def log(self, i, phase, metrics):
     """One row of metrics.jsonl and one line: the values of step i, rates since the last line."""
@@ -331,8 +309,7 @@ class Run:
     perf = self.progress.scalars(phase) | {health.DONE: (i + 1) / self.total}
     if self.main:
       self.writer.write_scalars(i, values | perf, phase)
-      known = {k: v for k, v in values.items() if math.isfinite(v)}
-      self.rows = health.kept([*self.rows, {'step': i, 'phase': phase} | known | perf])
+      self.judge.add(i, phase, {k: v for k, v in values.items() if math.isfinite(v)} | perf)
       logging.info(self.progress.line(i + 1, phase, values, perf))
       self.mirror.push()
 
@@ -355,7 +332,7 @@ class Run:
     if self.main:
       cost = {f'perf/{k}': v for k, v in self.cost.spent().items()}
       self.writer.write_scalars(at, values | cost, EVAL)
-      self.rows = health.kept([*self.rows, {'step': at, 'phase': EVAL} | values])
+      self.judge.add(at, EVAL, values)
     short = {k: v for k, v in values.items() if k.count('/') == 1}
     logging.info('eval step %d on %s (%s): %s', at, self.observer.evalset.name, clock(watch.seconds),
                  ', '.join(f'{k[5:]} {v:.3f}' for k, v in short.items()))

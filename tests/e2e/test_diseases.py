@@ -53,8 +53,9 @@ def test_a_broken_record_is_named_and_its_batch_kept(tmp_path, caplog, monkeypat
 @pytest.mark.slow
 @pytest.mark.parametrize('leaves, disease', [
     ({'ema.momentum': 1.}, 'frozen teacher'),
+    ({'views.xray.scale': (5e-5, 5e-5), 'views.xray.noise_std': (0., 0.), 'phases.ct': 0}, 'empty views'),    # a pixel
     ({'loss.shuffle_pairs': True, 'steps': 60, 'log.health_every': 60}, 'pairs do not match'),
-], ids=['momentum', 'shuffled'])
+], ids=['momentum', 'crop', 'shuffled'])
 def test_provoked_diseases(leaves, disease, tmp_path, caplog):
   assert disease in run(tmp_path, caplog, **leaves)
 

@@ -19,7 +19,7 @@ import jax.numpy as jnp
 
 from unimiss_jax import models
 from unimiss_jax.losses import clustering, collapse, contrastive, distillation, masking, reconstruction, spread
-from unimiss_jax.methods import alternation
+from unimiss_jax.methods import alternation, objective
 from unimiss_jax.methods.base import Aux, Method, Phase, view_keys, weighted
 from unimiss_jax.models.heads import DINOHead
 from unimiss_jax.optim import SKIP, TRAIN, ZERO, cosine_schedule
@@ -34,9 +34,9 @@ CENTER_UPDATES = {'once': 'unimiss_jax.losses.distillation', 'sequential': 'unim
 def make(config, data, times=alternation.paired) -> Method:
   """The method; times: (config, data) -> when what happens, an `alternation.Times`."""
   loss, more, batch, speed = config.loss, config.extra_loss, config.batch, config.speed
-  check_terms(loss, config.phases)
-  check_masks(more.mask_ratio)
-  check_patches(config)
+  objective.check_terms(loss, config.phases)
+  objective.check_masks(more.mask_ratio)
+  objective.check_patches(config)
   distils, masks = any(loss[k] for k in DISTILL), any(more.mask_ratio)
   prototypes = distils and not more.coding_rate
   reconstructs = any(loss[k] for k in RECONSTRUCT)
@@ -211,7 +211,7 @@ def make(config, data, times=alternation.paired) -> Method:
     e_ct, r_ct, tokens = views(params, x_ct, view_keys(rows['rng'], 2), 2 * bool(loss.recon_ct))
     metrics = embedding_health(e_ct)
     e_drr, r_drr, e_slice = pictures(params, rows | {'drr': x_drr})
-    on = {name: term for name, term in ct_terms(loss).items() if term[0]}
+    on = {name: term for name, term in objective.ct_terms(loss).items() if term[0]}
     if on:
       shown = {'ct': lambda: rows['ct'], 'slice': lambda: slices(rows['ct'])}
       t = {name: teach(extra, shown[name](), step) for name in dict.fromkeys(teacher for *_, teacher in on.values())}
@@ -324,10 +324,11 @@ def make(config, data, times=alternation.paired) -> Method:
         backbone(weights, x.reshape(-1, *x.shape[2:]), decode=True).reconstruction).reshape(x.shape)
     return {k: one(x) for k, x in batch.items() if loss[f'recon_{k}']}
 
-  build = {'ct': Phase({'ct': batch.ct}, ct_loss, update('ct'), chance(config, batch.ct, 'ct')),
-           'xray': Phase({'xray': batch.xray}, xray_loss, update('xray'), chance(config, batch.xray, 'xray')),
+  chance = {n: objective.chance(config, batch[n], n) for n in ('ct', 'xray')}
+  build = {'ct': Phase({'ct': batch.ct}, ct_loss, update('ct'), chance['ct']),
+           'xray': Phase({'xray': batch.xray}, xray_loss, update('xray'), chance['xray']),
            'joint': Phase({'ct': batch.ct, 'xray': batch.xray}, joint_loss, update('joint'),
-                          chance(config, batch.ct, 'ct') | of_xray(chance(config, batch.xray, 'xray')))}
+                          chance['ct'] | of_xray(chance['xray']))}
   couples = bool(loss.nce or loss.pair_nce or loss.center_updates != 'once' or more.koleo or more.coding_rate or
                  more.sinkhorn or more.patch)
   return Method(
@@ -338,12 +339,6 @@ def make(config, data, times=alternation.paired) -> Method:
       predict={'embed': embed} | ({'project': compare} if prototypes or loss.nce or loss.pair_nce else {})
       | ({'reconstruct': reconstruct} if reconstructs else {}),
       total_steps=times.total_steps, steps_per_epoch=times.steps_per_epoch, timeline=times.timeline)
-
-
-def ct_terms(loss) -> dict:
-  """Self-distillation of CT: {name: (weight, what the student sees, what the teacher sees)}, in the released order."""
-  return {'dino': (loss.ct, 'ct', 'ct'), 'drr': (loss.drr, 'drr', 'ct'), 'slice': (loss.slice, 'slice', 'ct'),
-          'slice_slice': (loss.slice_slice, 'slice', 'slice'), 'ct_slice': (loss.ct_slice, 'ct', 'slice')}
 
 
 def embedding_health(e):
@@ -359,47 +354,6 @@ def divergence(terms, metrics) -> dict:
   return {'collapse/kl': terms['dino_loss'][1] - metrics['collapse/teacher_entropy']}
 
 
-def check_terms(loss, phases) -> None:
-  """Raises ValueError for a phase that would have no loss."""
-  of = {'ct': ('ct', 'drr', 'slice', 'slice_slice', 'ct_slice', 'recon_ct', 'recon_drr', 'nce', 'pair_nce'),
-        'xray': ('xray', 'recon_xray', 'nce')}
-  for phase, terms in of.items():
-    if phases[phase] and not any(loss[t] for t in terms):
-      raise ValueError(f'phases.{phase}={phases[phase]}, but none of its losses is on ({", ".join(terms)} are all 0): '
-                       f'give loss.{terms[0]} a weight, or set phases.{phase}=0')
-
-
-def check_masks(ratio) -> None:
-  if not 0 <= ratio[0] <= ratio[1] < 1:
-    raise ValueError(f'extra_loss.mask_ratio={tuple(ratio)}: expected (lowest, highest) share of hidden blocks, both '
-                     'from 0 to below 1; (0, 0) = off')
-
-
-def check_patches(config) -> None:
-  more, loss, phases = config.extra_loss, config.loss, config.phases
-  if more.patch and (more.coding_rate or not any(more.mask_ratio) or phases.ct and not loss.ct
-                     or phases.xray and not loss.xray):
-    raise ValueError(f'extra_loss.patch={more.patch} compares the tokens of hidden blocks by the prototypes of the '
-                     'whole view: set extra_loss.mask_ratio, loss.ct and loss.xray, and extra_loss.coding_rate=0')
-
-
 def of_xray(metrics) -> dict:
   """Names of X-ray metrics beside those of CT in one row: 'train/xray_nce_loss'."""
   return {k.replace('/', '/xray_', 1): v for k, v in metrics.items()}
-
-
-def chance(config, batch, stream) -> dict[str, float]:
-  """Value of each loss part for a model that tells nothing apart."""
-  uniform, out = math.log(config.head.out_dim), {}
-  loss = config.loss
-  weights = {name: weight for name, (weight, *_) in ct_terms(loss).items()} if stream == 'ct' else {'dino': loss.xray}
-  for name, weight in weights.items():
-    if weight and not config.extra_loss.coding_rate:
-      out[f'train/{name}_loss'] = uniform
-  if config.extra_loss.patch:
-    out['train/patch_loss'] = uniform
-  if loss.nce:
-    out['train/nce_loss'] = math.log(2 * batch - 1)
-  if loss.pair_nce and stream == 'ct':
-    out['train/pair_nce_loss'] = math.log(batch)
-  return out
