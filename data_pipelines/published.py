@@ -64,8 +64,9 @@ def _ricord(path: str) -> dict | None:
   patient = PATIENT.search(path)
   if not patient:
     return None
-  name = re.sub(r'(\.nii)?(\.gz)?$', '', path.rstrip('/').rsplit('/', 1)[-1])
-  return _listed().get(key(patient[1], name))
+  *_, folder, name = ['', *path.rstrip('/').split('/')]      # of a DICOM series the folder, of its files that above
+  found = [_listed().get(key(patient[1], n)) for n in (re.sub(r'(\.nii)?(\.gz)?$', '', name), folder)]
+  return found[0] or found[1]
 
 
 def key(patient: str, series: str) -> str:
