@@ -38,7 +38,40 @@ def only(**terms) -> dict:
   return {f'loss.{n}': terms.get(n, 0.) for n in names}
 
 
+def ladder(start: dict, terms: dict, out=(), **entry) -> dict:
+  """A cumulative entry: the first row is `start`; each of {row: leaves} has the leaves of all before it too, but for
+  those of the rows `out`, and is compared with the last that has not fallen out."""
+  rows, against, kept, last = {}, {}, start, 'start'
+  for name, leaves in terms.items():
+    rows[name], against[name] = kept | leaves, last
+    if name not in out:
+      kept, last = rows[name], name
+  common = entry.pop('common', {}) | start
+  return grid(rows, 'start', common=common, **entry) | {'against': against}
+
+
+# From the objective and the trunk of the released code to a recipe, term by term, at the sizes of preset phantom.
+RELEASED = only(ct=1., drr=.5, xray=1.) | {
+    'head.out_dim': 128, 'head.batch_standardize': False, 'model.init': 'released', 'model.final_norm': False,
+    'model.conv_residual': False, 'drr.view': 'axial', 'drr.scope': 'subvolume'}
+TERMS = {
+    'contrast': {'loss.nce': 1., 'loss.pair_nce': 1.},
+    'frontal_drr': {'drr.view': 'pa', 'drr.scope': 'volume'},
+    'fan_in_init': {'model.init': 'fan_in'},
+    'final_norm': {'model.final_norm': True},
+    'residual': {'model.conv_residual': True},
+    'standardised_head': {'head.batch_standardize': True},
+    'sinkhorn': {'extra_loss.sinkhorn': 3},
+    'koleo': {'extra_loss.koleo': .1},
+    'tokens_do_not_decay': {'optim.decay_exclude': 'tokens'},
+    'masked_input': {'extra_loss.mask_ratio': (.1, .6), 'extra_loss.mask_block': (4, 16, 16)},
+    'temperature': {'loss.teacher_temp': .07, 'loss.teacher_temp_warmup': 1.},
+    'both_in_a_step': {'phases.unit': 'joint', 'steps': 152, 'optim.warmup_epochs': .16},
+    'no_distillation': {'loss.ct': 0., 'loss.drr': 0., 'loss.xray': 0., 'extra_loss.sinkhorn': 0},
+}
+
 GRIDS = {
+    'base': ladder(RELEASED, TERMS, common={'steps': 304, 'optim.warmup_epochs': .32, 'eval.every': 0}),
     'core': grid({
         'no_drr': {'loss.drr': 0., 'loss.recon_drr': 0., 'loss.pair_nce': 0.},
         'no_slices': {'loss.slice': 0.},

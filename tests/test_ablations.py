@@ -64,6 +64,19 @@ def test_a_row_that_changes_nothing_or_an_unknown_leaf_is_refused():
     sweep.check_rows('toy', ablations.grid({'typo': {'loss.ncee': 1.0}}))
 
 
+def test_a_ladder_keeps_what_has_not_fallen_out():
+  found = ablations.ladder({'loss.nce': 0.}, {'a': {'loss.ct': 1.}, 'b': {'loss.ct': 2.}, 'c': {'loss.xray': 1.}},
+                           out=('b',), common={'steps': 4})
+  assert found['rows'] == {
+      'start': {'steps': 4, 'loss.nce': 0.}, 'a': {'steps': 4, 'loss.nce': 0., 'loss.ct': 1.},
+      'b': {'steps': 4, 'loss.nce': 0., 'loss.ct': 2.},
+      'c': {'steps': 4, 'loss.nce': 0., 'loss.ct': 1., 'loss.xray': 1.}}
+  assert found['base'] == 'start' and found['against'] == {'a': 'start', 'b': 'a', 'c': 'a'}
+  again = ablations.ladder({}, {'a': {'loss.ct': 1.}, 'b': {'loss.ct': 1.}})
+  with pytest.raises(sweep.SweepError, match='toy: row b changes nothing of a: loss.ct'):
+    sweep.check_rows('toy', again)
+
+
 @pytest.mark.parametrize('grid, row', ROWS)
 def test_a_row_is_a_run(grid, row):
   c, method, _ = built(grid, row)

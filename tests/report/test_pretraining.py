@@ -66,6 +66,14 @@ def test_drr_of_another_kind_are_not_compared_by_what_they_find(grid):
   assert of['drr_to_ct_r10'] == '' and of['knn_auc_ct'] != ''
 
 
+def test_a_row_may_be_compared_with_another_than_the_base(grid):
+  shown = pretraining.write(grid, 'toy', LEAVES, 'base', against={'no_drr': 'base', 'no_xray': 'no_drr'})
+  row = next(r for r in lines(grid) if r['row'] == 'no_xray' and r['score'] == 'knn_auc_ct')
+  want = np.mean([VALUES['no_xray', s] - VALUES['no_drr', s] for s in range(3)])
+  assert float(row['difference']) == pytest.approx(want, rel=1e-9)
+  assert '| no_xray | no_drr | 3 |' in shown[0] and '| base |  | 3 |' in shown[0]
+
+
 @pytest.mark.parametrize('spoil, text', [
     (lambda f: (results.place(f, 'no_drr', 1., 2) / 'DONE').unlink(), 'unfinished: no_drr seed 2'),
     (lambda f: finish(f, 'base', 3, {'optim': {'lr': 9.}}), 'recipes differ: base seed'),

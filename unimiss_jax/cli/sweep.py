@@ -110,8 +110,9 @@ def plan(grids, out, given, common, seeds=(), fractions=()) -> list[Run]:
   """All runs, seed by seed, so that the first rows to compare are there early.
 
   Args:
-    grids: {name: {'config', 'rows': {row: {leaf: value}}, 'base', 'seeds', 'fractions', 'table'}}; without fractions
-      the leaf data.label_fraction is left alone; a row may name a `config` of its own.
+    grids: {name: {'config', 'rows': {row: {leaf: value}}, 'base', 'seeds', 'fractions', 'table', 'against'}}; without
+      fractions the leaf data.label_fraction is left alone; a row may name a `config` of its own; `against`: {row: the
+      one that the table compares it with, where that is not the base}.
     given: {placeholder: value}; rows with an empty one are left out, with a line.
     common: {leaf: text} for all runs. seeds, fractions: in place of those of the grids.
   """
@@ -141,17 +142,19 @@ def plan(grids, out, given, common, seeds=(), fractions=()) -> list[Run]:
 
 
 def check_rows(name, grid) -> None:
-  """Raises SweepError for a row that is the base row under another name, or that sets what its config has not."""
-  base = {k: str(v) for k, v in grid['rows'][grid['base']].items()}
+  """Raises SweepError for a row that is the one that it is compared with, under another name, or that sets what its
+  config has not."""
   for row, leaves in grid['rows'].items():
+    rival = grid.get('against', {}).get(row, grid['base'])
+    base = {k: str(v) for k, v in grid['rows'][rival].items()}
     config = preset(leaves.get('config', grid['config']))
     try:
       changed = {k for k, v in leaves.items() if k != 'config' and base.get(k, str(_leaf(config, k))) != str(v)}
       changed |= {k for k in base.keys() - leaves.keys() if str(_leaf(config, k)) != base[k]}
     except (KeyError, AttributeError) as e:
       raise SweepError(f'{name}: row {row} sets a leaf that {grid["config"]} has not: {e}') from e
-    if row != grid['base'] and not changed and 'config' not in leaves:
-      raise SweepError(f'{name}: row {row} changes nothing of {grid["base"]}: {", ".join(leaves)} are so already')
+    if row != rival and not changed and 'config' not in leaves:
+      raise SweepError(f'{name}: row {row} changes nothing of {rival}: {", ".join(leaves)} are so already')
 
 
 def preset(setting: str):
@@ -349,7 +352,8 @@ def tables(grids, f) -> bool:
     folder = pathlib.Path(f.out) / name
     try:
       if grid.get('table') == 'pretraining':
-        print('\n'.join(pretraining.write(folder, name, grid['rows'], grid['base'], f.draft)), flush=True)
+        print('\n'.join(pretraining.write(folder, name, grid['rows'], grid['base'], f.draft, grid.get('against'))),
+              flush=True)
         continue
       parts = [results.read(folder, grid['rows'], grid['base'], fraction)
                for fraction in f.fractions or grid.get('fractions', (1.,))]

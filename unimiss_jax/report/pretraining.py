@@ -1,8 +1,9 @@
 """The table of an ablation: what pre-trainings of one grid reach in the evaluation that accompanies them.
 
 Scores are those of the last step, means over seeds with the standard deviation between them (n - 1), beside chance, raw
-pixels and the untrained encoder of the same seeds. A row's difference to the base row is the mean over the seeds that
-both have; its interval is Student's over these seeds, so it speaks of other trainings on other data of the same kind.
+pixels and the untrained encoder of the same seeds. A row's difference to the base row, or to the one that its grid
+names (`against`), is the mean over the seeds that both have; its interval is Student's over these seeds, so it speaks
+of other trainings on other data of the same kind.
 """
 from __future__ import annotations
 
@@ -21,8 +22,8 @@ from unimiss_jax.report.results import SEEDS, SERVICE, ComparisonError, Runs, re
 
 SCORES = {'eval/knn_auc_ct': 'kNN CT', 'eval/knn_auc_xray': 'kNN X-ray', 'eval/drr_to_ct_r10': 'DRR→CT R@10',
           'eval/xray_to_ct_r10': 'X-ray→CT R@10'}
-HOW = ('Of the last step; mean ± standard deviation over seeds; in brackets the mean difference to the base row over '
-       "the seeds that both have, with Student's 95 % interval over them. Untrained: step 0 of the base row. "
+HOW = ('Of the last step; mean ± standard deviation over seeds; in brackets the mean difference to the base row, or to '
+       "the one that stands under against, over the seeds that both have, with Student's 95 % interval over them. Untrained: step 0 of the base row. "
        'Rows with DRR of another kind look for CT by those: no difference is given.')
 
 
@@ -43,12 +44,16 @@ def load(run) -> Result:
   return Result(found[0], found[-1], flat(json.loads((run / 'config.json').read_text())))
 
 
-def write(folder, grid: str, leaves: dict, base: str, draft: bool = False) -> list[str]:
-  """results.md, results.csv and, where matplotlib is installed, results.png; as comparison.write."""
+def write(folder, grid: str, leaves: dict, base: str, draft: bool = False, against: dict | None = None) -> list[str]:
+  """results.md, results.csv and, where matplotlib is installed, results.png; as comparison.write.
+
+  Args:
+    against: {row: the one that it is compared with, where that is not the base}.
+  """
   folder = epath.Path(folder)
   for name in FILES:
     (folder / name).unlink(missing_ok=True)
-  runs = read(folder, leaves, base, 1., load)
+  runs = read(folder, leaves, base, 1., load)._replace(against=against or {})
   faults = lacking(runs)
   if faults and not draft or not any(runs.rows.values()) and not runs.failed:
     told = '; '.join(faults[:SHOWN]) + (f' and {len(faults) - SHOWN} more' if len(faults) > SHOWN else '')
@@ -130,19 +135,21 @@ def markdown(title: str, runs: Runs, found: list[Row], faults=()) -> str:
     lines += [f'**{NOT.capitalize()}**: {"; ".join(faults)}.', '']
   if found:
     names = [n for n in SCORES if any(n in r.scores for r in found)]
-    cells = lambda r: [r.name, str(len(r.seeds)), *(_cell(runs, r, n) for n in names),
+    rival = lambda r: [runs.against.get(r.name, '')] if runs.against else []
+    cells = lambda r: [r.name, *rival(r), str(len(r.seeds)), *(_cell(runs, r, n) for n in names),
                        *(f'{r.cost[k]:.0f}' if k in r.cost else '' for k in ('seconds', 'cpu_seconds', 'step'))]
-    lines += grid_of(['row', 'seeds', *(SCORES[n] for n in names), 's', 'CPU s', 'steps'], [cells(r) for r in found])
+    lines += grid_of(['row', *(['against'] if runs.against else []), 'seeds', *(SCORES[n] for n in names), 's', 'CPU s', 'steps'], [cells(r) for r in found])
   return '\n'.join([*lines, '', *(f'- {line}' for line in runs.failed), *[''] * bool(runs.failed), HOW, ''])
 
 
 def to_base(runs: Runs, row: str, score: str) -> tuple[float, float, float] | None:
-  """`difference` of a row to the base row; None where they cannot be compared: a row whose DRR are other pictures is
-  asked to find CT by those."""
-  other = any(leaf.startswith('drr.') for leaf in runs.leaves.get(row, ()))
-  if row not in runs.rows or row == runs.base or other and score == 'eval/drr_to_ct_r10':
+  """`difference` of a row to the one that it is compared with; None where they cannot be: a row whose DRR are other
+  pictures is asked to find CT by those."""
+  rival = runs.rival(row)
+  drr = [{k: v for k, v in runs.leaves.get(r, {}).items() if k.startswith('drr.')} for r in (row, rival)]
+  if row not in runs.rows or row == rival or drr[0] != drr[1] and score == 'eval/drr_to_ct_r10':
     return None
-  return difference(runs.rows[row], runs.rows.get(runs.base, {}), score)
+  return difference(runs.rows[row], runs.rows.get(rival, {}), score)
 
 
 def _cell(runs, row, score) -> str:

@@ -39,6 +39,7 @@ class Runs(NamedTuple):
     leaves: {row: {leaf: value}}, what a row declares to have of its own.
     base: the row that the others are compared with.
     failed: a line for each run that failed. unfinished: names of those that were cut short.
+    against: {row: the one that it is compared with, where that is not the base}.
   """
   fraction: float
   rows: dict
@@ -46,6 +47,11 @@ class Runs(NamedTuple):
   base: str
   failed: list
   unfinished: list
+  against: dict = {}
+
+  def rival(self, row: str) -> str:
+    """The row that this one is compared with."""
+    return self.against.get(row, self.base)
 
   def main(self) -> str | None:
     """The score that the rows are compared by."""
