@@ -23,8 +23,8 @@ from unimiss_jax.report.results import SEEDS, SERVICE, ComparisonError, Runs, re
 SCORES = {'eval/knn_auc_ct': 'kNN CT', 'eval/knn_auc_xray': 'kNN X-ray', 'eval/drr_to_ct_r10': 'DRR→CT R@10',
           'eval/xray_to_ct_r10': 'X-ray→CT R@10'}
 HOW = ('Of the last step; mean ± standard deviation over seeds; in brackets the mean difference to the base row, or to '
-       "the one that stands under against, over the seeds that both have, with Student's 95 % interval over them. Untrained: step 0 of the base row. "
-       'Rows with DRR of another kind look for CT by those: no difference is given.')
+       "the one that stands under against, over the seeds that both have, with Student's 95 % interval over them. "
+       'Untrained: step 0 of the base row. Rows with DRR of another kind look for CT by those: no difference is given.')
 
 
 class Result(NamedTuple):
@@ -135,10 +135,11 @@ def markdown(title: str, runs: Runs, found: list[Row], faults=()) -> str:
     lines += [f'**{NOT.capitalize()}**: {"; ".join(faults)}.', '']
   if found:
     names = [n for n in SCORES if any(n in r.scores for r in found)]
-    rival = lambda r: [runs.against.get(r.name, '')] if runs.against else []
+    head = ['row', *['against'] * bool(runs.against), 'seeds', *(SCORES[n] for n in names), 's', 'CPU s', 'steps']
+    rival = lambda r: [runs.against.get(r.name, '')] * bool(runs.against)
     cells = lambda r: [r.name, *rival(r), str(len(r.seeds)), *(_cell(runs, r, n) for n in names),
                        *(f'{r.cost[k]:.0f}' if k in r.cost else '' for k in ('seconds', 'cpu_seconds', 'step'))]
-    lines += grid_of(['row', *(['against'] if runs.against else []), 'seeds', *(SCORES[n] for n in names), 's', 'CPU s', 'steps'], [cells(r) for r in found])
+    lines += grid_of(head, [cells(r) for r in found])
   return '\n'.join([*lines, '', *(f'- {line}' for line in runs.failed), *[''] * bool(runs.failed), HOW, ''])
 
 
