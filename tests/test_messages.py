@@ -58,6 +58,7 @@ LEAVES = [
     ({'data.device_shape.xray': (0, 0, 0)}, r'data.device_shape.xray=\(0, 0, 0\): needs 2 numbers, none below 0'),
     ({'data.manifest': '/m', 'data.xray': '/x'}, r'data.manifest="/m" says what is trained on, and so does '
      r'data.xray="/x": set one of them to ""'),
+    ({'optim.schedule_unit': 'dataset'}, r'schedule_unit="dataset" is of method unimiss alone, this is unimiss_plus'),
 ]
 
 

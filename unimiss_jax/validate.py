@@ -96,6 +96,8 @@ def validate(config) -> None:
     raise ConfigError('phases.ct and phases.xray are both 0: nothing to train on')
   if config.phases.unit == 'joint' and len(streams(config)) < 2:
     raise ConfigError('phases.unit=joint needs phases.ct and phases.xray > 0')
+  if config.optim.schedule_unit == 'dataset' and config.method != 'unimiss':
+    raise ConfigError(f'optim.schedule_unit="dataset" is of method unimiss alone, this is {config.method}: use step')
   for s in STREAMS:
     if config.phases[s] < 0:
       raise ConfigError(f'phases.{s}={config.phases[s]}: must be at least 0')

@@ -320,6 +320,7 @@ GRIDS = {
     'toy': {'config': 'configs/toy.py:a', 'rows': ROWS, 'base': 'scratch', 'seeds': (0, 1, 2), 'fractions': (.05,)},
     'breaks': {'config': 'configs/toy.py', 'rows': {'scratch': {}, 'bad': {'broken': True}, 'untrained': {
         'task.frozen': True}}, 'base': 'scratch', 'seeds': (0,)},
+    'pre': {'config': 'configs/toy.py', 'rows': {'base': {}}, 'base': 'base', 'seeds': (0,), 'table': 'pretraining'},
 }
 '''
 
@@ -494,12 +495,13 @@ def test_the_cause_is_the_last_error_of_the_log(said, code, want):
 @pytest.mark.parametrize('flags,code,text', [
     (['--grid=toy'], 2, r'--out.* usage: python -m unimiss_jax.cli.sweep'),
     (['--out=x'], 2, 'missing --grid'),
-    (['--grid=toi', '--out=x'], 2, r'--grid=toi unknown: configs/comparison.py holds toy, breaks'),
+    (['--grid=toi', '--out=x'], 2, r'--grid=toi unknown: configs/comparison.py holds toy, breaks, pre'),
     (['--grid=toy', '--out=x', '--config.seed=1'], 2, r'--config.seed would make rows of toy equal'),
     (['--grid=toy', '--out=x', '--weights=w', '--config.init_from=y'], 2, '--config.init_from would'),
     (['--grid=toy', '--out=x', '--wights=y'], 2, 'unknown argument --wights=y'),
     (['--grid=toy', '--out=x', '--seeds=a'], 2, '--seeds'),
     (['--grid=toy', '--out=x', '--num_shards=2', '--shard_index=2'], 2, '--shard_index=2: with --num_shards'),
+    (['--grid=pre', '--out=x', '--fractions=.05'], 2, 'learn from no labels'),
     (['--grid=toy', '--out=gs://x'], 2, '--out=gs://x: a local folder'),
 ])
 def test_a_wrong_command_is_answered_in_one_line(flags, code, text, project, capsys):

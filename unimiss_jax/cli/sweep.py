@@ -119,6 +119,8 @@ def plan(grids, out, given, common, seeds=(), fractions=()) -> list[Run]:
   runs = []
   for name, grid in grids.items():
     check_rows(name, grid)
+    if fractions and grid.get('table') == 'pretraining':
+      raise SweepError(f'--fractions with grid {name}: its rows learn from no labels; leave it out')
     shares = fractions or grid.get('fractions', ())
     rows = {}
     for row, leaves in grid['rows'].items():
