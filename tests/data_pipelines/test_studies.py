@@ -1,6 +1,8 @@
 """Studies with reports: what phantoms say is drawn, files and reports find each other, batches are alike anywhere."""
 import csv
 import json
+import os
+import sys
 
 import nibabel as nib
 import numpy as np
@@ -163,6 +165,49 @@ def test_shards_give_the_batches_of_the_files(tmp_path, fixtures, capsys):
   small = of_files(shards, fixtures, **{'unimedi.text.vocab_size': 29})
   with pytest.raises(DataError, match='156 word pieces, the network has 29'):
     studies.source('xray', small, streams.manifest.load(shards))
+
+
+OFFLINE = '''
+import os, socket
+def refuse(*args, **kwargs):
+  with open({log!r}, 'a') as f:
+    f.write(f'{{os.getpid()}} {{args}}\\n')
+  raise OSError('the network is unreachable')
+connect = socket.socket.connect
+socket.socket.connect = lambda self, *a: connect(self, *a) if self.family == socket.AF_UNIX else refuse(*a)
+socket.getaddrinfo = socket.create_connection = refuse
+with open({log!r} + '.up', 'a') as f:
+  f.write(f'{{os.getpid()}}\\n')
+'''
+
+
+@pytest.mark.slow
+def test_files_and_shards_with_workers_without_a_network(tmp_path, fixtures, monkeypatch):
+  """Batches are those of no workers, after a resume too; no process asks for a connection."""
+  for name in ('files', 'python'):
+    (tmp_path / name).mkdir()
+  path, shards = both_kinds(tmp_path / 'files'), str(tmp_path / 'shards')
+  assert prepare.main([path, f'--out={shards}', '--uncut', '--num_shards=3', '--workers=0']) == 0
+  log = tmp_path / 'asked'
+  (tmp_path / 'python' / 'sitecustomize.py').write_text(OFFLINE.format(log=str(log)))
+  monkeypatch.setenv('PYTHONPATH', os.pathsep.join([str(tmp_path / 'python'), *sys.path]))
+  more = {'phases.ct': 1, 'batch.ct': 3, 'views.ct.scale': (.8, 1.)}
+  for where in (path, shards):
+    alone, helped, again = (streams.build(of_files(where, fixtures, **more | {'data.workers': n}), ['ct', 'xray'])
+                            for n in (0, 2, 2))
+    for name in ('ct', 'xray'):
+      want = [alone[name].next() for _ in range(6)]
+      got = [helped[name].next() for _ in range(4)]
+      again[name].seek(helped[name].position())
+      got += [again[name].next() for _ in range(2)]
+      for a, b in zip(want, got, strict=True):
+        assert a.keys() == b.keys()
+        for k in a:
+          np.testing.assert_array_equal(a[k], b[k], err_msg=f'{where} {name} {k}')
+      for made in (alone, helped, again):
+        made[name].close()
+  workers = set((tmp_path / 'asked.up').read_text().split()) - {str(os.getpid())}
+  assert len(workers) >= 16 and not log.exists(), log.read_text()
 
 
 def test_shards_that_cannot_serve_studies(tmp_path, fixtures, capsys):
