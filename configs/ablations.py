@@ -55,19 +55,15 @@ RELEASED = only(ct=1., drr=.5, xray=1.) | {
     'head.out_dim': 128, 'head.batch_standardize': False, 'model.init': 'released', 'model.final_norm': False,
     'model.conv_residual': False, 'drr.view': 'axial', 'drr.scope': 'subvolume'}
 TERMS = {
-    'contrast': {'loss.nce': 1., 'loss.pair_nce': 1.},
+    'contrast': only(nce=1., pair_nce=1.),
     'frontal_drr': {'drr.view': 'pa', 'drr.scope': 'volume'},
-    'fan_in_init': {'model.init': 'fan_in'},
-    'final_norm': {'model.final_norm': True},
-    'residual': {'model.conv_residual': True},
-    'standardised_head': {'head.batch_standardize': True},
-    'sinkhorn': {'extra_loss.sinkhorn': 3},
+    'trunk': {'model.conv_residual': True, 'model.init': 'fan_in', 'model.final_norm': True},
+    'standardised_head': {'head.batch_standardize': True},      # so far the recipe of preset phantom
     'koleo': {'extra_loss.koleo': .1},
-    'tokens_do_not_decay': {'optim.decay_exclude': 'tokens'},
     'masked_input': {'extra_loss.mask_ratio': (.1, .6), 'extra_loss.mask_block': (4, 16, 16)},
-    'temperature': {'loss.teacher_temp': .07, 'loss.teacher_temp_warmup': 1.},
+    'tokens_do_not_decay': {'optim.decay_exclude': 'tokens'},
     'both_in_a_step': {'phases.unit': 'joint', 'steps': 152, 'optim.warmup_epochs': .16},
-    'no_distillation': {'loss.ct': 0., 'loss.drr': 0., 'loss.xray': 0., 'extra_loss.sinkhorn': 0},
+    'distillation_by_sinkhorn': {'loss.ct': 1., 'loss.drr': .5, 'loss.xray': 1., 'extra_loss.sinkhorn': 3},
 }
 
 GRIDS = {

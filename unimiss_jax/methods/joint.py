@@ -29,6 +29,7 @@ from unimiss_jax.methods import clusters
 from unimiss_jax.methods.base import Aux, Method, Phase, Timeline, view_keys, weighted
 from unimiss_jax.models import deformable, resnet
 from unimiss_jax.models.heads import DINOHead, Prototypes
+from unimiss_jax.models.layers import wide
 from unimiss_jax.optim import SKIP, TRAIN
 
 TERMS = {'intra': ('intra',), 'mask': ('mask',), 'inter': ('inter',), 'joint': ('intra', 'mask', 'inter')}
@@ -56,16 +57,17 @@ def make(config, data) -> Method:
   head = DINOHead(config.head.out_dim, config.head.hidden_dim, config.head.bottleneck_dim, last_layer=not deep,
                   linear_init=config.model.get('init', 'fan_in'), dtype=config.model.dtype)
   inter = deformable.InterEncoder(dtype=jnp.dtype(config.model.dtype), **j.inter)
-  new = {}
+  new, stored = {}, wide(config.model.dtype)
   if 'intra' in terms_of_run:
     new['head'] = head, (1, widths[-1])
   if volumes:
     slices_given = j.inter.slices if j.inter.axis == 'feature' else j.inter.downsample
-    new |= {'slice': (nn.Dense(j.width), (1, sum(widths) + widths[-1])), 'inter': (inter, (1, slices_given, j.width))}
+    new |= {'slice': (nn.Dense(j.width, param_dtype=stored), (1, sum(widths) + widths[-1])),
+            'inter': (inter, (1, slices_given, j.width))}
   if 'mask' in terms_of_run:
-    new['mask'] = deformable.MaskedSlices(j.width), (1, 1, j.width)
+    new['mask'] = deformable.MaskedSlices(j.width, stored), (1, 1, j.width)
   if 'inter' in terms_of_run and not deep:
-    new['prototypes'] = Prototypes(j.prototypes), (1, j.width)
+    new['prototypes'] = Prototypes(j.prototypes, stored), (1, j.width)
   banks = {'intra': (config.head.bottleneck_dim, j.image_clusters), 'inter': (j.width, j.volume_clusters)}
   banks = {t: b for t, b in banks.items() if deep and t in terms_of_run}
   turns = {t: clusters.turns(records[STREAM[t]], batch[STREAM[t]]) for t in banks}
