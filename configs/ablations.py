@@ -143,6 +143,8 @@ GRIDS = {
                                   'extra_loss.mask_ratio': (.1, .6), 'extra_loss.mask_block': (4, 16, 16)},
         'patches': {'loss.ct': 1., 'loss.drr': .5, 'loss.xray': 1., 'head.out_dim': 128, 'extra_loss.patch': 1.,
                     'extra_loss.mask_ratio': (.1, .6), 'extra_loss.mask_block': (4, 16, 16)},
+        'small_crops': {'loss.ct': 1., 'loss.drr': .5, 'loss.xray': 1., 'head.out_dim': 128,
+                        'extra_loss.local.crops': 4},
         'masked_input': {'extra_loss.mask_ratio': (.1, .6), 'extra_loss.mask_block': (4, 16, 16)},
     }),
     'teacher': grid({

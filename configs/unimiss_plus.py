@@ -63,6 +63,7 @@ def plain() -> ConfigDict:
       mask_ratio=(0., 0.),        # share of the blocks that are hidden from the student, U(lowest, highest) a view;
       mask_block=(4, 32, 32),     # slices, pixels; reconstruction is judged by hidden blocks alone then
       patch=0.,                   # distils the tokens of hidden blocks, as iBOT; 1 there
+      local=dict(crops=0, size=64, scale=(0.05, 0.3)),      # small crops of an X-ray beside its two views, as DINO; 4
   ))
   return c
 

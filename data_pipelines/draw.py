@@ -61,8 +61,9 @@ def xray_pair(rng, config, shape) -> dict:
 
 
 def local(config):
-  """Leaves of the small crops: of views.xray, but for `size`, `scale` and `crops` of joint.local; None without them."""
-  of = dict(config.joint.local) if 'joint' in config else {}
+  """Leaves of the small crops: of views.xray, but for `size`, `scale` and `crops` of extra_loss.local or joint.local;
+  None without them."""
+  of = next((dict(config[s].local) for s in ('joint', 'extra_loss') if s in config), {})
   return types.SimpleNamespace(**{**config.views.xray, **of}) if of.get('crops') else None
 
 

@@ -113,6 +113,42 @@ def test_tokens_of_hidden_blocks_follow_the_teacher_who_sees_them():
   np.testing.assert_allclose(aux.metrics['train/patch_loss'], want, rtol=1e-4)
 
 
+@pytest.mark.slow
+def test_small_crops_follow_both_views_of_the_teacher():
+  """Mean over all pairs of a crop of the student and another view of the teacher, as in DINO."""
+  method, params, extra = made(**{'loss.xray': 1., 'extra_loss.local.crops': 3})
+  extra = {'teacher': jax.tree.map(lambda p: p * 1.1, params), 'center': extra['center'] + .1}
+  batch = rows(4)
+  small = np.random.default_rng(5).random((4, 3, 64, 64, 3)).astype(np.float32)
+  batch['xray']['local'] = small
+  value, aux = jax.jit(lambda p, e, b: loss(method, p, e, b))(params, extra, batch)
+  config = tiny.config()
+  h = config.head
+  head = DINOHead(out_dim=h.out_dim, hidden_dim=h.hidden_dim, bottleneck_dim=h.bottleneck_dim)
+
+  def logits(weights, x):
+    e = jax.jit(method.predict['embed'])(weights, extra, {'xray': jnp.asarray(x)})['xray']
+    return np.asarray(head.apply({'params': weights['head']}, e), np.float64)
+  crops = np.concatenate([logits(params, batch['xray']['xray']), logits(params, small)], 1)
+  seen = logits(extra['teacher'], batch['xray']['xray']) - np.asarray(extra['center'])
+  target = scipy.special.softmax(seen / config.loss.teacher_temp, -1)
+  log_p = scipy.special.log_softmax(crops / .1, -1)
+  pairs = {(i, j): -(target[:, i] * log_p[:, j]).sum(-1).mean() for i in range(2) for j in range(5) if i != j}
+  assert len(pairs) == 8
+  np.testing.assert_allclose(value, np.mean(list(pairs.values())), rtol=1e-4)
+  np.testing.assert_allclose(aux.metrics['train/local_loss'], np.mean([v for (_, j), v in pairs.items() if j > 1]),
+                             rtol=1e-4)
+  assert set(method.phases['xray'].chance) >= {'train/dino_loss', 'train/local_loss'}
+
+
+@pytest.mark.parametrize('leaves, text', [
+    ({'loss.recon_xray': 1., 'extra_loss.local.crops': 2}, 'extra_loss.local.crops=2 .*set phases.xray, loss.xray'),
+    ({'loss.xray': 1., 'extra_loss.local.crops': 2, 'extra_loss.local.size': 30}, 'extra_loss.local.size: .*30')])
+def test_small_crops_that_cannot_be_are_named(leaves, text):
+  with pytest.raises(ValueError, match=text):
+    made(**leaves)
+
+
 def test_tokens_need_hidden_blocks_and_prototypes():
   with pytest.raises(ValueError, match='extra_loss.patch=1.0 .*set extra_loss.mask_ratio'):
     made(**{'loss.xray': 1., 'extra_loss.patch': 1.})

@@ -16,6 +16,8 @@ def chance(config, batch, stream) -> dict[str, float]:
   for name, weight in weights.items():
     if weight and not config.extra_loss.coding_rate:
       out[f'train/{name}_loss'] = uniform
+  if stream == 'xray' and config.extra_loss.local.crops:
+    out['train/local_loss'] = uniform
   if config.extra_loss.patch:
     out['train/patch_loss'] = uniform
   if loss.nce:
@@ -47,3 +49,16 @@ def check_patches(config) -> None:
                      or phases.xray and not loss.xray):
     raise ValueError(f'extra_loss.patch={more.patch} compares the tokens of hidden blocks by the prototypes of the '
                      'whole view: set extra_loss.mask_ratio, loss.ct and loss.xray, and extra_loss.coding_rate=0')
+
+
+def check_local(config, model) -> None:
+  more, loss, phases = config.extra_loss, config.loss, config.phases
+  crops, size = more.local.crops, more.local.size
+  if crops < 0 or crops and (more.coding_rate or not loss.xray or not phases.xray):
+    raise ValueError(f'extra_loss.local.crops={crops} compares small crops of X-rays with the prototypes of its two '
+                     'views: set phases.xray, loss.xray and extra_loss.coding_rate=0, or 0 crops')
+  if crops:
+    try:
+      model.check((size,) * 2, model.in_channels[0])
+    except ValueError as e:
+      raise ValueError(f'extra_loss.local.size: {e}') from e

@@ -46,6 +46,7 @@ def make(config, data, times=alternation.paired) -> Method:
   if model.embeds_in_decoder and (reconstructs or masks):
     raise ValueError(f'model.name={config.model.name!r} reconstructs nothing: set loss.recon_ct, loss.recon_drr, '
                      'loss.recon_xray and extra_loss.mask_ratio to 0, or use mit_plus')
+  objective.check_local(config, model)
   h = config.head
   head = DINOHead(out_dim=h.out_dim, hidden_dim=h.hidden_dim, bottleneck_dim=h.bottleneck_dim, last_layer=prototypes,
                   linear_init=config.model.get('init', 'released'), dtype=config.model.dtype)
@@ -98,6 +99,13 @@ def make(config, data, times=alternation.paired) -> Method:
     return distillation.dino_loss(
         student.swapaxes(0, 1), teacher.swapaxes(0, 1), center, student_temp=loss.student_temp,
         teacher_temp=sharpness(step), center_momentum=1. if more.sinkhorn else loss.center_momentum)
+
+  def parts(params, small, rng, t, center, step):
+    """Small crops [B, V, h, w, 3], whose student follows each view of the teacher, logits t [B, 2, K]."""
+    n = small.shape[1]
+    e, *_ = views(params, small, view_keys(rng, 2 + n)[:, 2:], 0)
+    return distillation.cross_entropy(of_head(params, e)[:, :, None], t[:, None], center, loss.student_temp,
+                                      sharpness(step)).mean()
 
   def views_loss(z, group):          # z [2, B, D], group [B]: tiles of one scan are not each other's negatives
     if loss.shuffle_pairs:           # the control: view 1 of another instance; the own one is no candidate at all
@@ -261,8 +269,12 @@ def make(config, data, times=alternation.paired) -> Method:
       t, seen = teach(extra, rows['xray'], step)
       metrics |= of_teacher(t, extra['center'], step)
       value, mean['center'] = distil(of_head(params, e) if prototypes else e, t, extra['center'], step)
-      terms['dino_loss'] = (loss.xray, value)
+      share = 1 / (1 + more.local.crops)      # of the two views in the pairs of a student's crop and a teacher's view
+      terms['dino_loss'] = (loss.xray * share, value)
       metrics |= divergence(terms, metrics)
+      if more.local.crops:
+        small = parts(params, rows['local'], rows['rng'], t, extra['center'], step)
+        terms['local_loss'] = (loss.xray * (1 - share), small)
       if more.patch:
         terms['patch_loss'] = (more.patch, patches(params, extra, tokens, seen, mask, step))
     if loss.recon_xray:
