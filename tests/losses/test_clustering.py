@@ -167,13 +167,18 @@ def test_kmeans_counts_its_rounds(fixtures, monkeypatch, iters):
 
 
 def test_seeds_are_distinct_valid_rows_wherever_they_lie():
-  memory, valid = np.arange(24, dtype=np.float32)[:, None], np.arange(24) % 2 == 0
+  """On one device, on four, and with the rows of each step in another order, as several processes lay them."""
+  ids = np.arange(24).reshape(3, 8)
+  memory, valid = ids[..., None].astype(np.float32), ids % 2 == 0
   f = jax.jit(partial(clustering.seed_rows, k=8))
-  rows = np.asarray(f(jax.random.key(3), memory, valid))[:, 0]
-  assert len(set(rows)) == 8 and np.all(rows % 2 == 0)
+  rows = np.asarray(f(jax.random.key(3), memory, valid, ids=ids))[:, 0]
+  assert len(set(rows)) == 8 and np.all(rows % 2 == 0) and not np.array_equal(rows, np.sort(rows))
   mesh = jax.make_mesh((4,), ('d',), axis_types=(AxisType.Auto,), devices=jax.devices()[:4])
-  spread = jax.device_put((memory, valid), jax.NamedSharding(mesh, P('d')))
-  np.testing.assert_array_equal(f(jax.random.key(3), *spread)[:, 0], rows)
+  order = np.random.default_rng(0).permutation(8)
+  for given in ((memory, valid, ids), (memory[:, order], valid[:, order], ids[:, order])):
+    m, v, i = jax.device_put(given, jax.NamedSharding(mesh, P(None, 'd')))
+    np.testing.assert_array_equal(f(jax.random.key(3), m, v, ids=i)[:, 0], rows)
+  assert not np.array_equal(f(jax.random.key(4), memory, valid, ids=ids)[:, 0], rows)
 
 
 def test_two_data_sets_do_not_share_rows_of_the_table():

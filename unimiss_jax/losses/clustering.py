@@ -148,12 +148,15 @@ def kmeans(memory, valid, init, iters: int, axis_name=None):
   return centroids, jnp.where(valid, clusters(centroids), UNSEEN)
 
 
-def seed_rows(key, memory, valid, k: int):
-  """k distinct valid rows of the whole bank, to start k-means from: [*N, D], [*N] -> [k, D].
+def seed_rows(key, memory, valid, k: int, ids):
+  """k distinct valid rows of the whole bank, to start k-means from: [S, B, D], [S, B] -> [k, D].
 
-  The draw depends on the rows' places alone, so that it is the same however many devices hold them.
+  The draw depends on the steps S and ids [S, B] of the rows alone, so that it is the same however many devices hold
+  them, and in whatever order several processes lay the rows of a step.
   """
-  order = jnp.where(valid, jax.random.uniform(key, valid.shape), -1.)
+  draw = lambda turn, i: jax.random.uniform(jax.random.fold_in(jax.random.fold_in(key, turn), i))
+  each = jax.vmap(lambda turn, row: jax.vmap(lambda i: draw(turn, i))(row))(jnp.arange(len(ids)), ids)
+  order = jnp.where(valid, each, -1.)
   return memory[jnp.unravel_index(jax.lax.top_k(order.ravel(), k)[1], valid.shape)]
 
 

@@ -80,8 +80,9 @@ def told(old, new, clusters) -> dict:
   """
   sizes = [_counts(n, k) for n, k in zip(new, clusters)]
   kept = [_rand(o, n, k) if k <= MOST else jnp.nan for o, n, k in zip(old, new, clusters)]
-  return {'largest': jnp.stack([s.max() / jnp.maximum(s.sum(), 1) for s in sizes]).max(),
-          'empty': sum((s == 0).mean() for s in sizes) / len(sizes), 'kept': jnp.asarray(sum(kept) / len(kept))}
+  found = {'largest': jnp.stack([s.max() / jnp.maximum(s.sum(), 1) for s in sizes]).max(),
+           'empty': sum((s == 0).mean() for s in sizes) / len(sizes), 'kept': sum(kept) / len(kept)}
+  return {k: jnp.asarray(v, float) for k, v in found.items()}
 
 
 def _counts(of, k: int):
@@ -112,7 +113,7 @@ def _program(mesh, rounds: int):
     ids, centroids, table = store['bank_ids'], {}, []
     for h, old in enumerate(store['centroids'].values()):
       memory = store['bank_rows'][h % CROPS]
-      init = clustering.seed_rows(jax.random.fold_in(key, h), memory, ids != EMPTY, len(old))
+      init = clustering.seed_rows(jax.random.fold_in(key, h), memory, ids != EMPTY, len(old), ids)
       centroids[f'head_{h}'], of = everywhere(memory, ids != EMPTY, init)
       table.append(clustering.scatter_assign(ids.ravel(), of.ravel(), store['table'].shape[1]))
     return {'centroids': centroids, 'table': jnp.stack(table),

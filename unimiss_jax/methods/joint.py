@@ -36,6 +36,7 @@ TERMS = {'intra': ('intra',), 'mask': ('mask',), 'inter': ('inter',), 'joint': (
 STREAM = {'intra': 'xray', 'mask': 'ct', 'inter': 'ct'}
 TRAINS = {'intra': ('encoder', 'head', 'head_prototypes'), 'mask': ('inter', 'mask'),
           'inter': ('encoder', 'slice', 'inter', 'prototypes')}
+DROPOUT = 1 << 20     # what makes its keys of those of views; keys split from them, one a slice, are fewer
 MASK_LOSS = {'masked_only': 'unimiss_jax.losses.reconstruction', 'released': 'unimiss_jax.losses.reference'}
 
 
@@ -105,13 +106,22 @@ def make(config, data) -> Method:
     out, stats = images(params, extra, flat, keys)
     return of('slice', params, deformable.pooled_levels(out.pyramid[-4:])).reshape(b, v, d, -1), stats
 
-  def features(params, z, key=None):
-    """[B, V, D, width] -> unit features of the volumes [B, V, width]."""
+  def transformed(params, z, rng=None):
+    """[B, V, D, width] -> tokens of the volumes, alike; rng [B, 2] of the records: with dropout, of each view its own,
+    wherever its row lies."""
     flat = z.reshape(-1, *z.shape[2:])
-    tokens = of('inter', params, flat, train=key is not None, rngs={} if key is None else {'dropout': key})
-    return deformable.volume_feature(tokens).reshape(*z.shape[:2], -1)
+    if rng is None:
+      return of('inter', params, flat).reshape(z.shape)
+    keys = jax.vmap(lambda k: jax.random.fold_in(k, DROPOUT))(view_keys(rng, z.shape[1]).reshape(-1))
+    one = lambda z, key: of('inter', params, z[None], train=True, rngs={'dropout': key})[0]
+    return jax.vmap(one)(flat, keys).reshape(z.shape)
 
-  def unit_images(params, extra, rows, key):
+  def features(params, z, rng=None):
+    """[B, V, D, width] -> unit features of the volumes [B, V, width]."""
+    tokens = transformed(params, z, rng)
+    return deformable.volume_feature(tokens.reshape(-1, *z.shape[2:])).reshape(*z.shape[:2], -1)
+
+  def unit_images(params, extra, rows):
     """What is clustered: unit [B, V, bottleneck], and statistics."""
     crops = [rows[n] for n in ('xray', 'local') if n in rows]
     keys, found, stats = view_keys(rows['rng'], sum(x.shape[1] for x in crops)), [], extra
@@ -124,19 +134,19 @@ def make(config, data) -> Method:
     z = deformable.unit(contrastive.standardize(z) if config.head.batch_standardize else z)
     return z.reshape(*x.shape[:2], -1), stats
 
-  def unit_volumes(params, extra, rows, key):
+  def unit_volumes(params, extra, rows):
     """What is clustered: unit [B, V, width], and statistics."""
     x = rows['ct']
     z, stats = slices(params, extra, x, view_keys(rows['rng'], x.shape[1]))
-    z = features(params, z, key)
+    z = features(params, z, rows['rng'])
     flat = z.reshape(-1, z.shape[-1])
     return (deformable.unit(contrastive.standardize(flat)).reshape(z.shape) if j.standardize_volumes else z), stats
 
   units = {'intra': unit_images, 'inter': unit_volumes}
 
-  def clustered(term, params, extra, rows, key):
+  def clustered(term, params, extra, rows):
     """-> loss, batch statistics, {term: rows of its bank}, {metric: what the clusters are like}."""
-    z, stats = units[term](params, extra, rows, key)
+    z, stats = units[term](params, extra, rows)
     if deep:
       kept = {term: (z[:, :clusters.CROPS], rows['id'])}
       told = {f'clusters/{term}_{k}': v for k, v in extra[term]['told'].items()}
@@ -153,14 +163,13 @@ def make(config, data) -> Method:
     value = jax.lax.cond(clusters.full(former), lambda: swapped(cosines(former['bank_rows'])), swapped)
     return value, stats, {term: (jax.lax.stop_gradient(z[:, :clusters.CROPS]), rows['id'])}, told
 
-  def mask(params, extra, rows, key):
+  def mask(params, extra, rows):
     z = jax.lax.stop_gradient(slices(params, extra, rows['ct'])[0])
-    b, v, d = z.shape[:3]
+    d = z.shape[2]
     draw = lambda k: deformable.draw_mask(k, jnp.ones(d, bool), j.mask_ratio)
     hidden = jax.vmap(draw)(view_keys(rows['rng'], 1)[:, 0])           # [B, D], both views alike
     given = of('mask', params, z, mask=jnp.broadcast_to(hidden[:, None], z.shape[:3]), method='hide')
-    tokens = of('inter', params, given.reshape(b * v, d, -1), train=True, rngs={'dropout': key})
-    pred = of('mask', params, tokens).reshape(z.shape)
+    pred = of('mask', params, transformed(params, given, rows['rng']))
     loss = importlib.import_module(MASK_LOSS[j.mask_loss]).masked_slices
     return loss(pred.swapaxes(0, 1), z.swapaxes(0, 1), hidden), {}, {}, {}
 
@@ -171,8 +180,7 @@ def make(config, data) -> Method:
 
   def phase(name):
     def loss(params, extra, rows, key, step):
-      keys = dict(zip(TERMS['joint'], jax.random.split(key, 3)))
-      found = {t: losses[t](params, extra, rows[STREAM[t]], keys[t]) for t in TERMS[name]}
+      found = {t: losses[t](params, extra, rows[STREAM[t]]) for t in TERMS[name]}
       told = dict(kv for *_, told in found.values() for kv in told.items())
       value, aux = weighted({f'{t}_loss': (1., found[t][0]) for t in found}, {}, told)
       stats = [s for _, s, *_ in found.values() if s]
@@ -220,8 +228,8 @@ def make(config, data) -> Method:
     return extra | {t: clusters.write(extra[t], *kept, inside % places[t]) for t, kept in aux.rows.items()}
 
   @functools.partial(jax.jit, static_argnums=0, donate_argnums=2)
-  def filled(term, params, bank, others, rows, key, turn):
-    z, _ = units[term](params, others, rows, key)
+  def filled(term, params, bank, others, rows, turn):
+    z, _ = units[term](params, others, rows)
     return clusters.write(bank, z[:, :clusters.CROPS], rows['id'], turn)
 
   def between(state, step, read, boundary):
@@ -233,7 +241,7 @@ def make(config, data) -> Method:
         at = jax.tree.map(lambda x: x.sharding, bank)
         bank = jax.tree.map(jnp.copy, bank)
         for turn, rows in enumerate(read(STREAM[t])):
-          bank = filled(t, state.params, bank, others, rows, jax.random.fold_in(key, turn), turn)
+          bank = filled(t, state.params, bank, others, rows, turn)
         bank = jax.device_put(bank, at)
       extra = extra | {t: clusters.renewed(bank, key, j.kmeans_rounds)}
     return state._replace(extra=extra)
