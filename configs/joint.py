@@ -83,6 +83,8 @@ def base() -> ConfigDict:
       width=64,                   # of slice embeddings and Transformer; 640 in the released code
       inter=dict(layers=2, hidden=72, kind='dat', axis='slice', sampler='interp', heads=4, head_dim=16, groups=4,
                  downsample=4, dropout=0.1, final_dropout=True, slices=16),    # see models/deformable.py
+      slice_parts=1,              # parts in which the slices of a batch pass the encoder, one after the other: less
+                                  # memory, once more work; a ResNet in training then has the statistics of each part
       mask_ratio=0.1,             # of the slices; the rest as in the released code
       mask_loss='masked_only',    # masked_only | released: over all slices
       prototypes=4,               # swav: of volumes; those of images are head.out_dim

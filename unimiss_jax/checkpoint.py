@@ -188,7 +188,7 @@ def newest(path) -> epath.Path | None:
 
 
 def read_params(folder, branch: str = 'student') -> dict[str, np.ndarray]:
-  """The weights of a step folder, whatever devices wrote it: {'backbone/...': array}.
+  """The weights of a step folder, whatever devices wrote it: {'backbone/...': array}; with 'batch_stats/...', if any.
 
   Args:
     folder: a step folder.
@@ -205,6 +205,8 @@ def read_params(folder, branch: str = 'student') -> dict[str, np.ndarray]:
       raise CheckpointError(f'checkpoint {folder} has no {branch}: the run has no self-distillation. FIX: '
                             '--branch=student')
     tree = {'params': found} if student else {'extra': {branch: found}}
+    if counted := student and (whole.get('extra') or {}).get('batch_stats'):
+      tree['extra'] = {'batch_stats': counted}
     plain = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), tree)
     args = ocp.args.PyTreeRestore(item=tree, restore_args=plain, partial_restore=True)
     tree = reader.restore(folder / 'state', args=args)
@@ -213,7 +215,7 @@ def read_params(folder, branch: str = 'student') -> dict[str, np.ndarray]:
   except Exception as e:
     raise CheckpointError(f'checkpoint {folder} unreadable ({" ".join(str(e).split())[:200]}). FIX: name another one, '
                           '<run>/checkpoints/<step>') from e
-  return named_leaves(tree['params'] if student else tree['extra'][branch])
+  return named_leaves(tree['params'] | tree.get('extra', {}) if student else tree['extra'][branch])
 
 
 def absolute(folder) -> epath.Path:

@@ -17,7 +17,7 @@ def read(config, params) -> dict:
 
   Args:
     config: of the new run; reads init_from, init_branch, init_allow, pos_resize and model.
-    params: tree of arrays or shapes.
+    params: tree of arrays or shapes, 'batch_stats' among them where the network has such.
 
   Returns:
     {name: numpy array}, a subset of the names of `params`; position tables have the sizes of the new run. Tensors of a
@@ -31,7 +31,8 @@ def read(config, params) -> dict:
     what = f'init_from="{given.source}"'
     arch = architectures.of_config(config.model.to_dict())
     tree = given.params
-    if given.arch and ('patch' in given.arch) != ('patch' in arch):      # a few names and shapes may agree by chance
+    kind = lambda fields: [field in fields for field in ('patch', 'width')]
+    if given.arch and kind(given.arch) != kind(arch):      # a few names and shapes may agree by chance
       known = architectures.twin(given.arch).architecture
       raise CheckpointError(f'init_from="{given.source}": holds a {known}, and this run has model.name='
                             f'{config.model.name}. FIX: use the model leaves of those weights')
@@ -45,7 +46,7 @@ def read(config, params) -> dict:
   same = {n: x for n, x in found.items() if n in wanted and x.shape == wanted[n].shape}
   other = {n: f'{n} {tuple(x.shape)} -> {tuple(wanted[n].shape)}' for n, x in found.items()
            if n in wanted and n not in same}
-  if wrong := [text for n, text in other.items() if n.startswith('backbone/')]:
+  if wrong := [text for n, text in other.items() if n.startswith(('backbone/', 'batch_stats/'))]:
     raise CheckpointError(f'{what}: {len(wrong)} tensors of the backbone have another shape: {_some(wrong)}. FIX: use '
                           'the model leaves of those weights')
   if not same:
@@ -64,8 +65,10 @@ def read(config, params) -> dict:
 
 def part_of(name: str) -> str:
   """'backbone/DecEmbed2D1/...' -> 'decoder'; encoder, decoder or head."""
-  part, _, rest = name.partition('/')
-  return 'head' if part != 'backbone' else 'encoder' if rest.startswith('transformer/') else 'decoder'
+  part, *path = name.split('/')
+  if part == 'backbone':
+    return 'encoder' if architectures.in_encoder(path) else 'decoder'
+  return 'encoder' if part == 'batch_stats' else 'head'
 
 
 def encoder_hash(given: dict) -> str:
@@ -87,7 +90,7 @@ def _resized(given, tree) -> int:
 
 def _tell_of_heads(what, given, ours):
   """Numbers of attention heads change what a network computes, but no shape."""
-  if not given.recorded:
+  if not given.recorded and 'num_heads' in ours:
     logging.info('%s does not record its heads: those of this run are taken, model.num_heads=%s', what,
                  tuple(ours['num_heads']))
     return

@@ -34,6 +34,7 @@ def make_init(config, method, optimiser):
     params, extra = method.init(key)
     if given:
       params, extra = method.init(key, init_from.merge(params, given))
+      extra = init_from.merge(extra, given)      # batch statistics
     counters = {'skipped': jnp.zeros((), jnp.int32), 'bad': jnp.zeros((), jnp.int32)}
     return TrainState(jnp.zeros((), jnp.int32), params, {'groups': optimiser.init(params), **counters}, extra)
   return init

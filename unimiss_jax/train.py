@@ -161,8 +161,9 @@ class Run:
       if config.init_from:
         processes.together(lambda: files.check_there(config.init_from))
       given = processes.together(lambda: validate.made(self.method.given))
-      given |= init_from.read(config, abstract.params) if config.init_from else {}
-      self.loaded = {'loaded': [len(given), len(jax.tree.leaves(abstract.params))],
+      counted = {k: x for k, x in abstract.extra.items() if k == 'batch_stats'}
+      given |= init_from.read(config, abstract.params | counted) if config.init_from else {}
+      self.loaded = {'loaded': [len(given), len(jax.tree.leaves((abstract.params, counted)))],
                      'weights_hash': init_from.encoder_hash(given)}
       self.state = jax.jit(init, out_shardings=placed)(key, given)
     else:

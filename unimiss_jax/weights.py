@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import numpy as np
 from etils import epath
-from flax.traverse_util import unflatten_dict
+from flax.traverse_util import flatten_dict, unflatten_dict
 
 from unimiss_jax import checkpoint, processes
 from unimiss_jax.checkpoint import CheckpointError
@@ -22,7 +22,8 @@ from unimiss_jax.report import summary
 
 class Weights(NamedTuple):
   """Attributes:
-    params: {'backbone': ..., 'head': ...}, nested dicts of numpy arrays; what is absent stays absent.
+    params: {'backbone': ..., 'head': ...}, nested dicts of numpy arrays; what is absent stays absent. Of a ResNet
+      also 'batch_stats', of Joint with volumes 'slice' and 'inter', of UniMedI its text tower.
     arch: fields of the model; {} for a checkpoint that was parted from the config.json of its run.
     recorded: whether `arch` was written down; else it was inferred, and heads and the depth of volumes are assumed.
     dimensions: of (2, 3), those that the weights are for.
@@ -30,6 +31,7 @@ class Weights(NamedTuple):
     source: the file or checkpoint that was read.
     about: what is known of the training: {'config', 'env', 'meta', 'metrics'} of a run, {'preprocessing', 'training'}
       of an exported folder, {} else.
+    inter: fields of the Transformer over slices through which volumes go, see `porting.arch.inter_encoder`; {} else.
   """
   params: dict
   arch: dict
@@ -38,13 +40,14 @@ class Weights(NamedTuple):
   branch: str
   source: str
   about: dict
+  inter: dict = {}
 
   @property
   def parts(self) -> tuple:
     return tuple(part for part, there in (
         ('encoder', 'backbone' in self.params),
-        ('decoder', any(name != 'transformer' for name in self.params.get('backbone', {}))),
-        ('head', 'head' in self.params)) if there)
+        ('decoder', not all(architectures.in_encoder((name,)) for name in self.params.get('backbone', {}))),
+        ('head', 'head' in self.params), ('inter', bool(self.inter))) if there)
 
 
 def read(path, branch: str = '', allow=(), in_chans: str = 'strict', arch: dict | None = None) -> Weights:
@@ -94,8 +97,15 @@ def _run(folder, branch) -> Weights:
       ('config', _json(run / 'config.json')), ('env', _json(run / 'env.json')),
       ('meta', _json(folder / checkpoint.META)), ('metrics', summary.rows(run))) if found}
   model = about.get('config', {}).get('model')
-  arch = architectures.of_config(model) if isinstance(model, dict) else {}
-  return Weights(params, arch, True, (2, 3), branch, str(folder), about)
+  arch, inter = architectures.of_config(model) if isinstance(model, dict) else {}, {}
+  dimensions = architectures.dimensions(params['backbone'])
+  if joint := about.get('config', {}).get('joint'):      # it trains a 2-D encoder, and volumes go through that
+    params['backbone'] = unflatten_dict({
+        path: x for path, x in flatten_dict(params['backbone']).items()
+        if architectures.in_encoder(path) and not any('3D' in part for part in path)})
+    inter = architectures.inter_fields(joint['inter'], joint['width']) if 'inter' in params else {}
+    dimensions = (2, 3) if inter else (2,)
+  return Weights(params, arch, True, dimensions, branch, str(folder), about, inter)
 
 
 def _json(path) -> dict:
@@ -113,16 +123,17 @@ def _file(path, branch, allow, in_chans, given) -> Weights:
     raise PortingError(f'the file holds one network, {mine or "of which nothing says whose"}, no {branch}')
   allow = [*allow, *_left_out(model)]
   parts = convert.split(tensors, branch or 'student')
-  arch = architectures.of_config(model['arch']) if model else None
+  arch, inter = architectures.of_config(model['arch']) if model else None, (model or {}).get('inter') or {}
   if arch is None and given and parts['backbone']:
     arch = convert.inferred(parts['backbone'], in_chans) | architectures.of_config(given)
-  params, arch = convert.load(parts, arch, allow, in_chans)
+  inter = {} if 'inter' in allow else inter
+  params, arch = convert.load(parts, arch, allow, in_chans, inter)
   if 'backbone' not in params:
     raise PortingError('holds no backbone')
-  names = params['backbone']['transformer']
-  dimensions = tuple(n for n in (2, 3) if any(f'{n}D' in name for name in names))
+  dimensions = (2, 3) if inter else architectures.dimensions(params['backbone'])
   keep = {name: about[name] for name in ('preprocessing', 'training') if name in about}
-  return Weights(params, arch, bool(model or given), dimensions, mine or ('student' if nested else ''), str(path), keep)
+  recorded = bool(model or given) or 'batch_stats' in params      # a ResNet has no heads
+  return Weights(params, arch, recorded, dimensions, mine or ('student' if nested else ''), str(path), keep, inter)
 
 
 def _left_out(model: dict) -> list[str]:

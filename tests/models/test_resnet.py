@@ -4,9 +4,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from unimiss_jax import models
+from unimiss_jax import models, porting
 from unimiss_jax.models.resnet import ResNet, first_statistics
-from unimiss_jax.porting import resnet as porting
 from unimiss_jax.porting.errors import PortingError
 
 torch = pytest.importorskip('torch')
@@ -17,6 +16,11 @@ TINY = dict(depths=(1, 2), width=4)
 
 def close(x, y, tolerance=1e-9):
   np.testing.assert_allclose(x, y.detach().numpy(), rtol=0, atol=tolerance)
+
+
+def bare(trees):
+  """PyTorch's names and arrays of a ResNet alone."""
+  return {n.removeprefix('backbone.'): x for n, x in porting.to_torch(trees).items()}
 
 
 def nhwc(x):
@@ -34,14 +38,16 @@ def twins():
         if x.is_floating_point() and ('bn' in name or 'downsample.1' in name):
           x += .3 * torch.rand_like(x)
     ours = ResNet(**TINY, dtype=jnp.float64)
-    yield ours, porting.from_torch(theirs.state_dict(), ours), theirs, torch.randn(2, 3, 48, 64, dtype=torch.float64)
+    found = porting.from_torch(theirs.state_dict(), TINY)
+    variables = {'params': found['backbone'], 'batch_stats': found['batch_stats']}
+    yield ours, variables, theirs, torch.randn(2, 3, 48, 64, dtype=torch.float64)
 
 
 def test_values_and_gradients_are_those_of_pytorch(twins):
   ours, variables, theirs, x = twins
   images = nhwc(x).numpy()
   out = jax.jit(ours.apply)(variables, images)
-  embedding, maps = theirs.eval()(x)
+  embedding, maps, _ = theirs.eval()(x)
   close(out.embedding, embedding)
   assert out.reconstruction is None and len(out.pyramid) == 3
   for a, b in zip(out.pyramid, maps):
@@ -57,8 +63,8 @@ def test_values_and_gradients_are_those_of_pytorch(twins):
       return (out.embedding * weights).sum(), new['batch_stats']
     return jax.grad(loss, has_aux=True)(params)
   grads, statistics = step(variables['params'])
-  (theirs.train()(x)[0] * torch.from_numpy(weights)).sum().backward()
-  made = porting.to_torch(grads, statistics)
+  (theirs.train()(x).embedding * torch.from_numpy(weights)).sum().backward()
+  made = bare({'backbone': grads, 'batch_stats': statistics})
   for name, p in theirs.named_parameters():
     close(made[name], p.grad, 1e-8)
   for name, b in theirs.named_buffers():
@@ -68,16 +74,21 @@ def test_values_and_gradients_are_those_of_pytorch(twins):
 
 def test_weights_survive_the_way_to_pytorch_and_back(twins):
   ours, variables, theirs, _ = twins
-  there = porting.to_torch(variables['params'], variables['batch_stats'])
+  there = bare({'backbone': variables['params'], 'batch_stats': variables['batch_stats']})
   assert sorted(there) == sorted(n for n in theirs.state_dict() if 'num_batches' not in n)
   theirs.load_state_dict({k: torch.from_numpy(v) for k, v in there.items()})
-  file = {'state_dict': {f'module.{k}': v for k, v in theirs.state_dict().items()}}
+  file = {'state_dict': {f'module.encoder.{k}': v for k, v in theirs.state_dict().items()}}
   file['state_dict']['module.fc.weight'] = torch.ones(2)
-  jax.tree.map(np.testing.assert_array_equal, porting.from_torch(file, ours), variables)
-  with pytest.raises(PortingError, match=r'missing \[.layer2.2.bn1.bias'):
-    porting.from_torch(there, ResNet(depths=(1, 3), width=4))
-  with pytest.raises(PortingError, match='shapes'):
-    porting.from_torch(there, ResNet(depths=(1, 2), width=8))
+  for arch in (TINY, None):      # None: as the tensors show it
+    found = porting.from_torch(file, arch)
+    jax.tree.map(np.testing.assert_array_equal, found,
+                 {'backbone': variables['params'], 'batch_stats': variables['batch_stats']})
+  with pytest.raises(PortingError, match=r'9 missing: backbone.layer2.2.bn1.bias'):
+    porting.from_torch(there, TINY | {'depths': (1, 3)})
+  with pytest.raises(PortingError, match=r'backbone.layer1.0.bn3.running_mean'):
+    porting.from_torch({k: v for k, v in there.items() if k != 'layer1.0.bn3.running_mean'}, TINY)
+  with pytest.raises(PortingError, match=r'mis-shaped: .*backbone.conv1.weight \(7, 7, 3, 4\) expected \(7, 7, 3, 8\)'):
+    porting.from_torch(there, TINY | {'width': 8})
 
 
 def test_resnet_50_has_the_published_number_of_parameters():

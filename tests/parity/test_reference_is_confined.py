@@ -13,7 +13,7 @@ import main
 for package in ('configs', 'unimiss_jax', 'data_pipelines'):
   top = importlib.import_module(package)
   for module in pkgutil.walk_packages(top.__path__, package + '.'):
-    twin = module.name.endswith(('.torch_mit', '.torch_mit_pilot', '.torch_resnet'))
+    twin = module.name.endswith(('.torch_mit', '.torch_mit_pilot', '.torch_resnet', '.torch_vit', '.torch_bert'))
     if not twin or importlib.util.find_spec('torch'):
       importlib.import_module(module.name)
 assert not {name for name in sys.modules if name.endswith('.reference')} & {

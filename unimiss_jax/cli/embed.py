@@ -98,7 +98,11 @@ def embed(ckpt, data, out, *, per_tile=False, branch='', batch=8, workers=2, mod
   samples, lines = inference.listed(data, frame == 'all', ends)
   for line in lines:
     files.say(line)
-  table = Table(out, network.width, per_tile, about)
+  widths = {network.widths[s.kind] for s in samples if s.kind in network.widths} or set(network.widths.values())
+  if len(widths) > 1:
+    raise DataError('WIDTH', str(data), f'embeddings of images have {network.widths["image"]} numbers and those of '
+                    f'volumes {network.widths["volume"]} with these weights', 'embed images and volumes each by itself')
+  table = Table(out, widths.pop(), per_tile, about)
   progress, told = files.Progress('embed', len(samples)), {}
 
   def tell(line):
@@ -153,11 +157,13 @@ def _network(found, batch: int):
     except ValueError as e:
       raise PortingError(f'{found.source}, {kind}s: {e}. FIX: of a file with other channels, --in_chans=sum or '
                          '--in_chans=repeat') from e
-  encoder = {'transformer': found.params['backbone']['transformer']}
+  encoder = {n: x for n, x in found.params['backbone'].items() if architectures.in_encoder((n,))}
+  used = {'backbone': encoder} | {part: found.params[part] for part in ('batch_stats', *('slice', 'inter') * bool(
+      found.inter)) if part in found.params}
   about = {'checkpoint': found.source, 'branch': found.branch, 'arch': fields,
-           'weights_hash': weights.digest({'backbone': encoder}), 'views': views, 'recorded': recorded}
+           'weights_hash': weights.digest(used), 'views': views, 'recorded': recorded}
   slices = towers.slices_of(found)
-  return Network(module, encoder, batch, slices), about | ({'slices': slices} if slices else {})
+  return Network(module, used, batch, slices, found.inter), about | ({'slices': slices} if slices else {})
 
 
 def _how(found, about, modality, sequences, frame, spacing_mm, tile):
@@ -177,15 +183,19 @@ def _how(found, about, modality, sequences, frame, spacing_mm, tile):
 
 
 @cache
-def _forward(module, slices: int):
+def _forward(module, slices: int, inter):
   import jax
 
+  from unimiss_jax import models
+  from unimiss_jax.models import slicewise
   from unimiss_jax.models.vit import with_slices
 
   def run(params, x):
+    if inter and x.ndim == 5:      # in as many parts as there are volumes, for the memory
+      return slicewise.embed(module, inter, params, x, len(x)).embedding
     if slices and x.ndim == 5:
-      return with_slices(module, params, x, slices).cls
-    return module.apply({'params': params}, x, decode=False).embedding
+      return with_slices(module, params['backbone'], x, slices).cls
+    return models.encode(module, params['backbone'], params.get('batch_stats', {}), x)[0].embedding
   return jax.jit(run)
 
 
@@ -194,17 +204,24 @@ class Network:
 
   Args:
     module: the backbone.
-    params: {'transformer': ...}.
+    params: {'backbone': encoder, 'batch_stats', 'slice', 'inter': where there are such}.
     batch: rows.
     slices: of a volume, those that the class token looks at most, which enter as images, too (UniMedI).
+    inter: fields of the Transformer through which the slices of a volume go (Joint), or {}.
+
+  Attributes:
+    widths: {'image', 'volume': numbers of an embedding}.
   """
 
-  def __init__(self, module, params, batch: int, slices: int = 0):
+  def __init__(self, module, params, batch: int, slices: int = 0, inter=()):
     import jax
     import jax.numpy as jnp
-    self.width, self._batch = module.embed_dims[-1], batch
+
+    from unimiss_jax.porting import arch as architectures
+    self._batch = batch
+    self.widths = {'image': module.embed_dims[-1], 'volume': inter['width'] if inter else module.embed_dims[-1]}
     self._params = jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), params)
-    self._forward = _forward(module, slices)
+    self._forward = _forward(module, slices, architectures.inter_encoder(inter) if inter else None)
     self._waiting = {}      # shape of an input -> [(input, who takes its embedding)]
     self._running = None    # (embeddings that the device is computing, who takes them)
 

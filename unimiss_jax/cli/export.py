@@ -13,12 +13,13 @@ from data_pipelines.command import Parser, fail
 from unimiss_jax.cli import arguments, towers
 
 FORMATS = ('safetensors', 'pth', 'stablehlo')
-PARTS = ('encoder', 'decoder', 'head')
+PARTS = ('encoder', 'decoder', 'head', 'inter')      # the last: of Joint, what makes volumes of slices
 DTYPES = ('float32', 'bfloat16', 'float16')
 EXPORTED = ('config.json', 'README.md', 'model.pth', 'model.safetensors', 'parity.json', 'torch_mit.py',
-            'torch_mit_pilot.py', 'torch_vit.py', 'forward_2d.stablehlo', 'forward_3d.stablehlo', *towers.FILES)
+            'torch_mit_pilot.py', 'torch_resnet.py', 'torch_vit.py', 'forward_2d.stablehlo', 'forward_3d.stablehlo',
+            *towers.FILES)
 USAGE = ('python -m unimiss_jax.cli.export (--workdir=RUN | --ckpt=ANY) --out=DIR [--branch=teacher] '
-         '[--parts=encoder,decoder,head] [--format=safetensors,pth,stablehlo]')
+         '[--parts=encoder,decoder,head,inter] [--format=safetensors,pth,stablehlo]')
 
 
 def main(argv=None) -> int:
@@ -77,13 +78,15 @@ def export(source, out, *, branch='', parts=PARTS, formats=FORMATS[:1], dtype='f
   logging.info('reading %s', source)
   found = weights.read(source, branch, [*allow, *(p for p in PARTS if p not in parts)], in_chans, arch)
   text = towers.of(found)
-  of_vision = {part: tree for part, tree in found.params.items() if part in ('backbone', 'head')}
+  of_vision = {part: tree for part, tree in found.params.items() if part in convert.TREES}
   cast = lambda a: np.asarray(a, jax.dtypes.canonicalize_dtype(dtype))
   tensors = {n: cast(a) for n, a in to_torch(of_vision).items() if weights.part_of(n) in parts}
   written = [p for p in PARTS if any(weights.part_of(n) == p for n in tensors)]
   if 'encoder' not in written:
     raise PortingError(f'{found.source}: no encoder in what was asked for. FIX: --parts=encoder,...')
-  if lacking := [p for p in parts if p not in written]:
+  _refuse_inter(found, written)
+  expected = parts if tuple(parts) != PARTS or 'batch_stats' in found.params else [p for p in PARTS if p != 'inter']
+  if lacking := [p for p in expected if p not in written]:
     logging.info('not in %s, left out: %s', found.source, ', '.join(lacking))
   if not found.arch:
     raise PortingError(f'{found.source}: the config.json of its run is not there, so heads and sizes are unknown. FIX: '
@@ -91,8 +94,9 @@ def export(source, out, *, branch='', parts=PARTS, formats=FORMATS[:1], dtype='f
   if not found.recorded and architectures.twin(found.arch).file == 'torch_vit':
     raise PortingError(f'{found.source}: does not record its heads, and parity cannot tell them. FIX: give '
                        '--arch=\'{"num_heads": [12]}\'')
-  convert.check({k: v for k, v in convert.from_tensors(tensors).items() if v}, found.arch, found.dimensions)
   model = describe(found, tensors, written)
+  convert.check({k: v for k, v in convert.from_tensors(tensors).items() if v}, found.arch, model['dimensions'],
+                model.get('inter'))
   arguments.tell_assumed(found, model['arch'])
   logging.info('%d tensors, %.2f M numbers: %s', len(tensors), sum(a.size for a in tensors.values()) / 1e6,
                ', '.join(written))
@@ -142,7 +146,7 @@ def export(source, out, *, branch='', parts=PARTS, formats=FORMATS[:1], dtype='f
     (here / 'parity.json').write_text(written_out(proof))
     files = sorted([p.relative_to(here).as_posix() for p in here.rglob('*') if p.is_file()] + ['README.md'])
     told = card.card(name or _name(found, config), config, proof, files, license_id, data_license)
-    (here / 'README.md').write_text(towers.card(told, text) if twin.file == 'torch_vit' else told)
+    (here / 'README.md').write_text(towers.card(told, text) if text else told)
     for folder in {(target / file).parent for file in files}:
       folder.mkdir(parents=True, exist_ok=True)
     for file in EXPORTED:      # nothing of an earlier export stays; config.json goes first and comes last
@@ -170,8 +174,26 @@ def describe(found, tensors, parts) -> dict:
             'bottleneck_dim': shape('mlp.4.weight')[0], 'last_layer': 'head.last_layer.weight_v' in tensors}
     if head['last_layer']:
       head['out_dim'] = shape('last_layer.weight_v')[0]
-  return {'arch': arch, 'head': head, 'decoder': 'decoder' in parts,
-          'dimensions': list(found.dimensions)}
+  slicewise = {'inter': {k: list(v) if isinstance(v, tuple) else v for k, v in found.inter.items()}}
+  dimensions = [n for n in found.dimensions if n == 2 or not found.inter or 'inter' in parts]
+  return {'arch': arch, 'head': head, 'decoder': 'decoder' in parts, 'dimensions': dimensions} | (
+      slicewise if 'inter' in parts else {})
+
+
+def _refuse_inter(found, parts) -> None:
+  """Raises PortingError for a Transformer over slices that no PyTorch file holds."""
+  from unimiss_jax.porting.arch import twin
+  from unimiss_jax.porting.errors import PortingError
+  if 'inter' not in parts:
+    return
+  known = twin(found.arch)
+  why = (f'stands on the 2-D branch of a {known.architecture}, and {known.file}.py does not hold it'
+         if known.file != 'torch_resnet' else
+         'attends along features, as the released code' if found.inter['axis'] != 'slice' else
+         'samples as the released code' if found.inter['sampler'] != 'interp' and found.inter['kind'] == 'dat' else '')
+  if why:
+    raise PortingError(f'{found.source}: its Transformer over slices {why}. FIX: --parts=encoder,head writes what it '
+                       'has for images; unimiss_jax.cli.embed embeds volumes with the run itself')
 
 
 def _refuse_foreign(folder):

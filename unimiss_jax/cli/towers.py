@@ -16,7 +16,7 @@ TOKENIZER = 'tokenizer_config.json'
 FILES = ('text/config.json', 'text/vocab.txt', 'text/model.safetensors', f'text/{TOKENIZER}', PROJECTIONS,
          'torch_bert.py')
 LINEAR = ('vision_proj', 'text_proj')
-WHAT = {'torch_vit.py': 'the network in PyTorch, one file', 'torch_bert.py': 'the text tower in PyTorch, one file',
+WHAT = {'torch_bert.py': 'the text tower in PyTorch, one file',
         PROJECTIONS: 'vision_proj.weight and text_proj.weight, into the space that images and reports share',
         'text/model.safetensors': 'the text tower, under the names of every PyTorch BERT',
         'text/config.json': 'its fields', 'text/vocab.txt': 'its word pieces',
@@ -173,12 +173,10 @@ def compare(towers: Towers, tensors: dict, model: dict) -> dict:
                                      cls.numpy() @ project['vision_proj'])}}
 
 
-def card(text: str, towers: Towers | None) -> str:
-  """The card of a ViT: its names were never released by anyone, and it may have a text tower."""
-  text = text.replace('under the names of the released UniMedI code', 'under the names of `torch_vit.py`')
-  if towers:
-    text = text.replace('## Preprocessing contract', USE.format(slices=towers.about['slices'])
-                        + '## Preprocessing contract')
+def card(text: str, towers: Towers) -> str:
+  """The card of a ViT that has a text tower."""
+  text = text.replace('## Preprocessing contract', USE.format(slices=towers.about['slices'])
+                      + '## Preprocessing contract')
   for file, what in WHAT.items():
     text = text.replace(f'- `{file}`: \n', f'- `{file}`: {what}\n').replace(
         f'- `{file}`: the weights\n', f'- `{file}`: {what}\n')

@@ -27,7 +27,7 @@ from unimiss_jax import models
 from unimiss_jax.losses import clustering, collapse, contrastive
 from unimiss_jax.methods import clusters
 from unimiss_jax.methods.base import Aux, Method, Phase, Timeline, view_keys, weighted
-from unimiss_jax.models import deformable, resnet
+from unimiss_jax.models import deformable, resnet, slicewise
 from unimiss_jax.models.heads import DINOHead, Prototypes
 from unimiss_jax.models.layers import wide
 from unimiss_jax.optim import SKIP, TRAIN
@@ -54,16 +54,15 @@ def make(config, data) -> Method:
 
   model = models.build(config.model)
   counts_batches = isinstance(model, resnet.ResNet)
-  widths = model.embed_dims[-4:]
   head = DINOHead(config.head.out_dim, config.head.hidden_dim, config.head.bottleneck_dim, last_layer=not deep,
                   linear_init=config.model.get('init', 'fan_in'), dtype=config.model.dtype)
   inter = deformable.InterEncoder(dtype=jnp.dtype(config.model.dtype), **j.inter)
   new, stored = {}, wide(config.model.dtype)
   if 'intra' in terms_of_run:
-    new['head'] = head, (1, widths[-1])
+    new['head'] = head, (1, model.embed_dims[-1])
   if volumes:
     slices_given = j.inter.slices if j.inter.axis == 'feature' else j.inter.downsample
-    new |= {'slice': (nn.Dense(j.width, param_dtype=stored), (1, sum(widths) + widths[-1])),
+    new |= {'slice': (nn.Dense(j.width, param_dtype=stored), (1, slicewise.levels_width(model))),
             'inter': (inter, (1, slices_given, j.width))}
   if 'mask' in terms_of_run:
     new['mask'] = deformable.MaskedSlices(j.width, stored), (1, 1, j.width)
@@ -92,19 +91,16 @@ def make(config, data) -> Method:
   def images(params, extra, x, keys=None):
     """x [B, V, H, W, C] -> what the backbone makes of them, [B * V, ...], and the batch statistics after it."""
     x, keys = x.reshape(-1, *x.shape[2:]), None if keys is None else keys.reshape(-1)
-    stats = {'batch_stats': extra['batch_stats']} if counts_batches else {}
-    given = dict(train=keys is not None, decode=False, row_keys=keys)
-    if stats and keys is not None:
-      return model.apply({'params': params['backbone']} | stats, x, mutable=['batch_stats'], **given)
-    return model.apply({'params': params['backbone']} | stats, x, **given), stats
+    out, stats = models.encode(model, params['backbone'], extra.get('batch_stats', {}), x, keys)
+    return out, {'batch_stats': stats} if stats else {}
 
   def slices(params, extra, x, keys=None):
     """Volumes x [B, V, D, H, W, 1] -> embeddings of their slices [B, V, D, width], and statistics; keys [B, V]."""
     b, v, d = x.shape[:3]
-    keys = None if keys is None else jax.vmap(lambda k: jax.random.split(k, d))(keys.reshape(-1))
-    flat = jnp.repeat(x.reshape(b * v, d, *x.shape[3:]), 3, -1)
-    out, stats = images(params, extra, flat, keys)
-    return of('slice', params, deformable.pooled_levels(out.pyramid[-4:])).reshape(b, v, d, -1), stats
+    keys = None if keys is None else jax.vmap(lambda k: jax.random.split(k, d))(keys.reshape(-1)).reshape(-1)
+    found, stats = slicewise.levels(model, params['backbone'], extra.get('batch_stats', {}),
+                                    x.reshape(b * v * d, *x.shape[3:]), keys, j.slice_parts)
+    return of('slice', params, found).reshape(b, v, d, -1), {'batch_stats': stats} if stats else {}
 
   def transformed(params, z, rng=None):
     """[B, V, D, width] -> tokens of the volumes, alike; rng [B, 2] of the records: with dropout, of each view its own,
@@ -299,6 +295,10 @@ def check(config, records: dict) -> None:
   if 'ct' in streams and j.inter.axis == 'feature' and j.inter.slices != size[0]:
     raise ValueError(f'joint.inter.axis="feature" is made for joint.inter.slices={j.inter.slices}, views.ct.size='
                      f'{tuple(size)} has {size[0]}: let them be equal')
+  if 'ct' in streams and (j.slice_parts < 1 or size[0] % j.slice_parts):
+    fit = ', '.join(str(n) for n in range(1, size[0] + 1) if size[0] % n == 0)
+    raise ValueError(f'joint.slice_parts={j.slice_parts} does not divide the {size[0]} slices of views.ct.size='
+                     f'{tuple(size)}: use one of {fit}')
   if 'intra' in terms and j.local.crops:
     try:
       models.build(config.model).check((j.local.size,) * 2, config.model.in_channels[0])

@@ -34,6 +34,26 @@ def build(config) -> nn.Module:
   return BACKBONES[name](**{**SIZES.get(name, {}), **fields, 'dtype': jnp.dtype(fields.get('dtype', 'float32'))})
 
 
+def encode(model, params, stats, x, keys=None):
+  """A backbone with or without batch statistics, its decoder left out.
+
+  Args:
+    model: the backbone.
+    params, stats: its parameters and batch statistics; {} where it has none.
+    x: [B, *S, C].
+    keys: [B] of the rows, for training; None = evaluation.
+
+  Returns:
+    (embedding, pyramid, None), and the batch statistics after it.
+  """
+  variables = {'params': params} | ({'batch_stats': stats} if stats else {})
+  given = dict(train=keys is not None, decode=False, row_keys=keys)
+  if stats and keys is not None:
+    out, new = model.apply(variables, x, mutable=['batch_stats'], **given)
+    return out, new['batch_stats']
+  return model.apply(variables, x, **given), stats
+
+
 def param_shapes(model: nn.Module) -> dict:
   """Path -> ShapeDtypeStruct of all parameters of a backbone, those of every input rank together."""
   init = nn.init(type(model).__call__, model)      # not model.init: that may be a field

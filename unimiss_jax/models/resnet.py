@@ -59,6 +59,7 @@ class ResNet(nn.Module):
   image_size: int = 224
   dtype: Any = jnp.float32
   remat: str = ''
+  embeds_in_decoder = False      # no annotation: a fact, not a field
 
   @nn.compact
   def __call__(self, x, train: bool = False, decode: bool = False, row_keys=None):      # nothing is drawn
@@ -83,6 +84,13 @@ class ResNet(nn.Module):
   def embed_dims(self) -> tuple:
     """Channels of the maps."""
     return (self.width, *(4 * self.width * 2**i for i in range(len(self.depths))))
+
+  def embedding_dim(self) -> int:
+    return self.embed_dims[-1]
+
+  def native_size(self, n: int) -> tuple:
+    """Of images; of volumes it says nothing."""
+    return (self.image_size,) * 2
 
   def check(self, size, channels: int):
     """Raises ValueError for slices or images that are too small."""

@@ -1,4 +1,4 @@
-"""Which MiT+, MiT of the pilot UniMiSS, or ViT a set of tensors is."""
+"""Which MiT+, MiT of the pilot UniMiSS, ViT or ResNet a set of tensors is."""
 from __future__ import annotations
 
 import collections
@@ -7,23 +7,33 @@ import importlib
 import re
 from typing import NamedTuple
 
+import jax
+import jax.numpy as jnp
+from flax.traverse_util import flatten_dict
+
 from unimiss_jax import models
+from unimiss_jax.models import slicewise
+from unimiss_jax.models.deformable import InterEncoder
 from unimiss_jax.models.mit import MiT, MiTPlus
+from unimiss_jax.models.resnet import ResNet, first_statistics
 from unimiss_jax.models.vit import ViT
 from unimiss_jax.porting.errors import PortingError
 
 # Fields that leave no trace in the weights and change no result of a trained model.
 TRAINING = ('encoder_drop_path', 'decoder_drop_path', 'init', 'dtype', 'remat', 'fold')
+ENCODER = re.compile(r'transformer|conv1|bn1|layer\d+_\d+')      # how the paths of an encoder begin
 SHAPELESS = ('num_heads', 'decoder_heads')      # change results, but not shapes
 
 
-def model(arch) -> MiTPlus | MiT | ViT:
-  """The module of `arch`: a name for its defaults, or a dict of fields: `patch` makes a ViT, four widths a MiT."""
+def model(arch) -> MiTPlus | MiT | ViT | ResNet:
+  """The module of `arch`: a name for its defaults, or a dict of fields: `patch` makes a ViT, `width` a ResNet, four
+  widths a MiT."""
   if isinstance(arch, str):
     if arch not in models.BACKBONES:
       raise PortingError(f'arch={arch!r}: known are {", ".join(models.BACKBONES)}, or a dict of fields')
     return models.BACKBONES[arch]()
-  made = ViT if 'patch' in arch else MiT if len(arch.get('embed_dims', ())) == 4 else MiTPlus
+  made = ViT if 'patch' in arch else ResNet if 'width' in arch else (
+      MiT if len(arch.get('embed_dims', ())) == 4 else MiTPlus)
   try:
     return made(**{k: tuple(v) if isinstance(v, list) else v for k, v in arch.items()})
   except TypeError as e:
@@ -45,6 +55,8 @@ def twin(arch) -> Twin:
     return Twin('MiT', 'mit', 'torch_mit_pilot', 'UniMiSS')
   if isinstance(made, ViT):
     return Twin('ViT', 'vit_2d_3d', 'torch_vit', 'UniMedI')
+  if isinstance(made, ResNet):
+    return Twin('ResNet', 'resnet', 'torch_resnet', 'Joint')
   return Twin('MiT+', 'mit_plus', 'torch_mit', 'UniMiSSPlus')
 
 
@@ -56,7 +68,8 @@ def torch_network(description: dict):
 
 def of_config(leaves: dict) -> dict:
   """The leaves `model.*` of a run -> fields of the architecture, without what only matters in training."""
-  return {k: tuple(v) if isinstance(v, list) else v for k, v in leaves.items() if k not in ('name', *TRAINING)}
+  known = {'width': ResNet.width} if leaves.get('name') == 'resnet50' else {}
+  return known | {k: tuple(v) if isinstance(v, list) else v for k, v in leaves.items() if k not in ('name', *TRAINING)}
 
 
 def fields(arch) -> dict:
@@ -77,11 +90,57 @@ def shapes(module) -> dict:
                        'FIX: give those that were inferred wrongly (arch=, or --arch)') from e
 
 
+def statistics(module) -> dict:
+  """Path -> shape of its batch statistics."""
+  if not isinstance(module, ResNet):
+    return {}
+  return {path: s.shape for path, s in flatten_dict(jax.eval_shape(lambda: first_statistics(module))).items()}
+
+
+def inter_encoder(fields: dict) -> InterEncoder:
+  """The Transformer over slices of {'width': of the slice embeddings, and fields of the module}."""
+  return InterEncoder(**{k: v for k, v in fields.items() if k != 'width'})
+
+
+def inter_fields(leaves: dict, width: int) -> dict:
+  """The leaves `joint.inter` of a run and the width of its slice embeddings -> what `inter_encoder` takes."""
+  names = [n for n in InterEncoder.__dataclass_fields__ if n not in ('parent', 'name', 'dtype')]
+  return {'width': width, **{n: leaves.get(n, getattr(InterEncoder, n)) for n in names}}
+
+
+def inter_shapes(module, fields: dict) -> dict:
+  """{'slice': {path: shape}, 'inter': likewise} of what stands on the 2-D encoder `module`."""
+  width, inter = fields['width'], inter_encoder(fields)
+  z = jax.ShapeDtypeStruct((1, fields['slices'] if fields['axis'] == 'feature' else fields['downsample'], width),
+                           jnp.float32)
+  tree = jax.eval_shape(inter.init, jax.random.key(0), z)['params']
+  return {'slice': {('kernel',): (slicewise.levels_width(module), width), ('bias',): (width,)},
+          'inter': {path: s.shape for path, s in flatten_dict(tree).items()}}
+
+
+def native_size(description: dict, n: int) -> tuple:
+  """Sizes that the network of an export is made for, n dimensions."""
+  module, inter = model(description['arch']), description.get('inter')
+  size = module.native_size(n)
+  return (inter['slices'], *module.native_size(2)) if inter and n == 3 else size
+
+
+def in_encoder(path: tuple) -> bool:
+  """Whether a parameter of a backbone belongs to its encoder."""
+  return bool(ENCODER.fullmatch(path[0]))
+
+
+def dimensions(backbone: dict) -> tuple:
+  """Of (2, 3), those that a backbone's parameters are for."""
+  names = backbone.get('transformer', ('2D',))
+  return tuple(n for n in (2, 3) if any(f'{n}D' in name for name in names))
+
+
 def select(shapes_of: dict, decoder: bool, dimensions) -> dict:
   """Those of the paths of a whole model that are left without the decoder or without 2-D or 3-D."""
   gone = [f'{n}D' for n in (2, 3) if n not in dimensions]
   return {path: shape for path, shape in shapes_of.items()
-          if (decoder or path[0] == 'transformer') and not any(g in part for g in gone for part in path)}
+          if (decoder or in_encoder(path)) and not any(g in part for g in gone for part in path)}
 
 
 class Votes:
@@ -134,7 +193,8 @@ def most(values):
 
 
 def infer_arch(tensors) -> dict:
-  """The fields of `MiTPlus`, `MiT` or `ViT` that a backbone's tensors show: all but the heads and what has no weights.
+  """The fields of `MiTPlus`, `MiT`, `ViT` or `ResNet` that a backbone's tensors show: all but the heads and what has
+  no weights.
 
   Each is what most of the tensors that show it say, so that one that is missing or mis-shaped can be named. The depth
   of volumes and sizes that are not square show nowhere: 16 and squares are assumed.
@@ -148,6 +208,8 @@ def infer_arch(tensors) -> dict:
   votes = Votes(tensors)
   if 'transformer.plane_table' in votes.found:
     return _vit(votes)
+  if 'layer1.0.conv1.weight' in votes.found:
+    return _resnet(votes)
   pilot = any(re.match(r'transformer\.patch_embed.D0\.', name) for name in votes.found)
   return _mit(votes) if pilot else _mit_plus(votes)
 
@@ -218,6 +280,12 @@ def _mit_plus(votes: Votes) -> dict:
         decoder_depths=tuple(votes.depth(f'Decblock{i}') for i in (1, 2, 3)),
         decoder_sr_ratios=tuple(votes.ratio(f'Decblock{i}') for i in (1, 2, 3)))
   return arch
+
+
+def _resnet(votes: Votes) -> dict:
+  depths = [votes.depth(rf'layer{i}') for i in range(1, 5)]
+  return dict(depths=tuple(d for d in depths if d), width=votes.vote((r'conv1\.weight', 0), (r'bn1\.\w+', 0)),
+              in_channels=(votes.vote((r'conv1\.weight', 1)), ResNet.in_channels[1]))
 
 
 def _vit(votes: Votes) -> dict:

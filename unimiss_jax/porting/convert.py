@@ -17,16 +17,20 @@ from unimiss_jax.porting.arch import infer_arch
 from unimiss_jax.porting.errors import PortingError
 
 # The parts of a network and how their names begin; a part's name is understood in `allow`.
-PARTS = {'encoder': ('backbone.transformer.',),
+PARTS = {'encoder': ('backbone.transformer.', 'backbone.conv1.', 'backbone.bn1.', 'backbone.layer'),
          'decoder': tuple(f'backbone.{name}' for name in
                           ('Dec', 'DeConv', 'TransposeConv', 'recon_conv', 'norm.', 'cls_tokens')),
-         'head': ('head.',)}
+         'head': ('head.',),
+         'inter': ('slice.', 'inter.')}
+TREES = ('backbone', 'batch_stats', 'head', 'slice', 'inter')      # what a network's parameters and statistics lie in
 BRANCHES = ('student', 'teacher')
 IN_CHANS = ('strict', 'sum', 'repeat')
 # Names below 'transformer.'.
 ENCODER = re.compile(r'(cls_tokens|pos_embed|ConvBlock|patch_embed|block|final_norm|class_token|mask_token|\w+_table)')
 STEM_OR_END = re.compile(r'\.(ConvBlock|recon_conv|patch_embed.D0\.)')
 HEAD = re.compile(r'(mlp\.\d|last_layer)\.')
+RESNET = 'layer1.0.conv1.weight'                         # what every file of a ResNet holds
+SURPLUS = ('fc.', 'projection_head.', 'prototypes')      # what stands behind the encoder in the usual files of one
 SPELLED = (('parametrizations.weight.original0', 'weight_g'), ('parametrizations.weight.original1', 'weight_v'))
 
 
@@ -35,11 +39,12 @@ def from_torch(state_dict, arch=None, allow=(), branch='student', in_chans='stri
 
   Args:
     state_dict: name -> numpy array or tensor. A level 'student' / 'teacher', 'state_dict' or 'model' is entered;
-      'module.' and absent 'backbone.', 'head.' and 'transformer.' are put right; both spellings of weight norm.
-    arch: dict of the fields of `MiTPlus`, `MiT` or `ViT`, or a name of `models.BACKBONES` (its defaults), or None =
-      inferred from the tensors.
+      'module.' and absent 'backbone.', 'head.' and 'transformer.' are put right; both spellings of weight norm. Of the
+      usual files of a ResNet 'encoder.' is taken off and the classifier left.
+    arch: dict of the fields of `MiTPlus`, `MiT`, `ViT` or `ResNet`, or a name of `models.BACKBONES` (its defaults), or
+      None = inferred from the tensors.
     allow: substrings of names that may be missing (then absent from the result) or surplus; ('3D',) takes a 2D-only
-      file, ('2D',) a 3D-only one, ('decoder',) and ('head',) stand for all names of that part.
+      file, ('2D',) a 3D-only one, ('decoder',), ('head',) and ('inter',) stand for all names of that part.
     branch: 'student' or 'teacher', where the file has both.
     in_chans: 'strict': input channels that are not those of `arch` are an error (arch=None takes those of the file).
       Else they become those of `arch` (None: 3 of images, 1 of volumes): the stem sees the file's channels summed and
@@ -47,7 +52,8 @@ def from_torch(state_dict, arch=None, allow=(), branch='student', in_chans='stri
       the file's in turn. Chosen by us; both keep the answer to a grey image where one number divides the other.
 
   Returns:
-    {'backbone': params, 'head': params}, numpy arrays of the dtype given; a part that is absent stays absent.
+    {'backbone': params, 'head': params}, numpy arrays of the dtype given; a part that is absent stays absent. With a
+    ResNet also {'batch_stats': ...}.
 
   Raises:
     PortingError: lists what is missing, unexpected or mis-shaped.
@@ -55,8 +61,11 @@ def from_torch(state_dict, arch=None, allow=(), branch='student', in_chans='stri
   return load(split(state_dict, branch), arch, allow, in_chans)[0]
 
 
-def load(parts, arch=None, allow=(), in_chans='strict') -> tuple[dict, dict | None]:
-  """What `split` gives -> (parameters, the fields of their architecture); arguments and errors as `from_torch`."""
+def load(parts, arch=None, allow=(), in_chans='strict', inter=None) -> tuple[dict, dict | None]:
+  """What `split` gives -> (parameters, the fields of their architecture); arguments and errors as `from_torch`.
+
+  inter: fields of the Transformer over slices, see `arch.inter_encoder`; the result has 'slice' and 'inter' then.
+  """
   if in_chans not in IN_CHANS:
     raise PortingError(f'in_chans={in_chans!r}: known are {", ".join(IN_CHANS)}')
   allow = (allow,) if isinstance(allow, str) else tuple(allow)
@@ -71,7 +80,16 @@ def load(parts, arch=None, allow=(), in_chans='strict') -> tuple[dict, dict | No
     if in_chans != 'strict':
       _adapt_channels(parts['backbone'], module.in_channels, in_chans)
     params['backbone'] = _convert('backbone', parts['backbone'], architectures.shapes(module), allow)
+    if expected := architectures.statistics(module):
+      params['batch_stats'] = _convert('batch_stats', parts['batch_stats'], expected, allow)
     width = module.embedding_dim()
+    if inter:
+      params |= {part: _convert(part, parts[part], expected, allow)
+                 for part, expected in architectures.inter_shapes(module, inter).items()}
+  if not inter and (parts['slice'] or parts['inter']) and not set(PARTS['inter']) <= set(allow):
+    raise PortingError('holds a Transformer over slices and does not record its fields. FIX: take the '
+                       'model.safetensors of the exported folder, or leave it out: --allow=inter, '
+                       '--config.init_allow=inter')
   if parts['head']:
     params['head'] = _convert('head', parts['head'], _head_shapes(parts['head'], width), allow)
   if not params:
@@ -88,21 +106,21 @@ def to_torch(params, arch=None) -> dict:
   """Our parameters -> released names.
 
   Args:
-    params: {'backbone': ..., 'head': ...}, one of them or both, or one of the two trees itself.
+    params: {'backbone': ..., 'head': ...}, some of TREES, or one of the first two itself.
     arch: as in `from_torch`; if given, the backbone must be exactly this one.
 
   Returns:
-    {'backbone....' and 'head....': array}, contiguous, in PyTorch's layout.
+    {'backbone....', 'head....', ...: array}, contiguous, in PyTorch's layout.
 
   Raises:
     PortingError: the backbone is not that of `arch`.
   """
-  if not set(params) <= {'backbone', 'head'}:
-    params = {'backbone' if 'transformer' in params else 'head': params}
+  if not set(params) <= set(TREES):
+    params = {'head' if 'mlp_0' in params else 'backbone': params}
   out = {}
   for part, tree in params.items():
     for path, leaf in flatten_dict(tree).items():
-      name = torch_names.to_torch_name((part, *path))
+      name = torch_names.to_torch_name((_beside(part), *path))
       out[name] = torch_names.to_torch_layout(name, np.asarray(leaf))
   if arch is not None and 'backbone' in params:
     found = {path: leaf.shape for path, leaf in flatten_dict(params['backbone']).items()}
@@ -111,13 +129,13 @@ def to_torch(params, arch=None) -> dict:
 
 
 def from_tensors(tensors) -> dict:
-  """Names with 'backbone.' and 'head.' -> our two trees, unchecked."""
+  """Names with 'backbone.', 'head.' and so on -> our trees, unchecked."""
   tree = torch_names.from_torch_tree(tensors)
-  return {part: tree.get(part, {}) for part in ('backbone', 'head')}
+  return {part: tree.get(part, {}) for part in TREES}
 
 
 def split(state_dict, branch='student') -> dict:
-  """All nestings stripped: {'backbone': {name: numpy array}, 'head': likewise}.
+  """All nestings stripped: {'backbone': {name: numpy array}, and so on for TREES}.
 
   Raises:
     PortingError: the branch is not there, an entry is no tensor, or two names become one.
@@ -133,9 +151,12 @@ def split(state_dict, branch='student') -> dict:
       state_dict = state_dict[level]
   if not isinstance(state_dict, Mapping):
     raise PortingError(f'holds a {type(state_dict).__name__} where names and tensors were expected')
-  parts, bare = {'backbone': {}, 'head': {}}, not any('transformer.' in str(name) for name in state_dict)
+  parts, bare = {part: {} for part in TREES}, not any('transformer.' in str(name) for name in state_dict)
+  resnet = any(str(name).endswith(RESNET) for name in state_dict)
   for name, tensor in state_dict.items():
-    part, rest = _place(name, bare)
+    part, rest = _place(name, bare, resnet)
+    if resnet and part == 'backbone' and (rest.startswith(SURPLUS) or rest.endswith('num_batches_tracked')):
+      continue
     if not hasattr(tensor, 'shape'):
       raise PortingError(f'{name} is a {type(tensor).__name__}, not a tensor. FIX: give the part of the file that '
                          'holds weights')
@@ -145,17 +166,23 @@ def split(state_dict, branch='student') -> dict:
   return parts
 
 
-def _place(name: str, bare: bool) -> tuple[str, str]:
+def _place(name: str, bare: bool, resnet: bool) -> tuple[str, str]:
   """'module.backbone.transformer.x' -> ('backbone', 'transformer.x'), whatever of it is left out.
 
-  bare: 'transformer.' is left out of all names of the file.
+  bare: 'transformer.' is left out of all names of the file; resnet: it holds a ResNet.
   """
   name = re.sub(r'^(module\.)+', '', str(name))
   for spelled, ours in SPELLED:
     name = name.replace(spelled, ours)
   if name.startswith('head.') or HEAD.match(name):
     return 'head', name.removeprefix('head.')
+  if name.startswith(PARTS['inter']):
+    part, _, rest = name.partition('.')
+    return part, rest
   name = name.removeprefix('backbone.')
+  if resnet:
+    name = name.removeprefix('encoder.')
+    return 'batch_stats' if name.endswith(tuple(torch_names.STATISTICS)) else 'backbone', name
   return 'backbone', f'transformer.{name}' if bare and ENCODER.match(name) else name
 
 
@@ -182,7 +209,8 @@ def _adapt_channels(tensors, wanted, how):
     return np.take(array, np.arange(new) % array.shape[axis], axis)
 
   for rank, new in zip(('2D', '3D'), wanted):
-    stems = f'transformer.ConvBlock{rank}0.0.conv.weight', f'transformer.patch_embed{rank}0.conv.weight'
+    stems = [f'transformer.ConvBlock{rank}0.0.conv.weight', f'transformer.patch_embed{rank}0.conv.weight']
+    stems += ['conv1.weight'] * (rank == '2D')      # of a ResNet
     for name in (*stems, f'recon_conv{rank}.weight', f'recon_conv{rank}.bias'):
       array = tensors.get(name)
       axis = int(name in stems)
@@ -216,13 +244,18 @@ def _head_shapes(tensors, in_dim=None):
   return {path: leaf.shape for path, leaf in flatten_dict(tree).items()}
 
 
-def check(params, arch, dimensions) -> None:
+def check(params, arch, dimensions, inter=None) -> None:
   """Raises PortingError unless the trees hold every tensor of their parts, of these dimensions, and no others."""
   if 'backbone' in params:
     found = {path: leaf.shape for path, leaf in flatten_dict(params['backbone']).items()}
-    decoder = any(path[0] != 'transformer' for path in found)
-    whole = architectures.shapes(architectures.model(arch))
+    decoder = not all(map(architectures.in_encoder, found))
+    module = architectures.model(arch)
+    whole = architectures.shapes(module)
     _check('backbone', found, architectures.select(whole, decoder, dimensions), ())
+    more = architectures.inter_shapes(module, inter) if inter else {}
+    more |= {'batch_stats': architectures.statistics(module)}
+    for part, expected in more.items():
+      _check(part, {path: leaf.shape for path, leaf in flatten_dict(params.get(part, {})).items()}, expected, ())
   if 'head' in params:
     tree = split(to_torch(params['head']))['head']
     found = {path: leaf.shape for path, leaf in flatten_dict(params['head']).items()}
@@ -240,7 +273,7 @@ def _convert(part, tensors, shapes, allow):
 
 def _check(part, found, expected, allow):
   """Compares path -> shape of our layout and names the differences as PyTorch does."""
-  spell = lambda path: f'{part}.{torch_names.to_torch_name(path)}'
+  spell = lambda path: f'{_beside(part)}.{torch_names.to_torch_name(path)}'
   strict = lambda paths: sorted(n for n in map(spell, paths) if not any(a in n for a in allow))
   faults = {
       'missing': strict(expected.keys() - found.keys()),
@@ -250,6 +283,11 @@ def _check(part, found, expected, allow):
   if any(faults.values()):
     raise PortingError('; '.join(f'{len(names)} {kind}: {", ".join(names)}' for kind, names in faults.items() if names)
                        + _remedy(faults, found))
+
+
+def _beside(part: str) -> str:
+  """PyTorch has batch statistics beside the parameters."""
+  return 'backbone' if part == 'batch_stats' else part
 
 
 def _remedy(faults, found) -> str:

@@ -5,14 +5,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from unimiss_jax.models import slicewise
 from unimiss_jax.models.heads import DINOHead
 from unimiss_jax.porting import arch as architectures
 from unimiss_jax.porting import torch_names
 
 SIZES = ((96, 96), (128, 160), (16, 96, 96), (32, 64, 96))
 TOLERANCE = 1e-4      # of the largest value of a stage, float32
-STAGES = {6: ('c0', 'c1', 's1', 's2', 's3', 's4'), 5: ('c0', 's1', 's2', 's3', 's4'), 1: ('patches',)}      # of
-# MiT+, MiT, ViT
+STAGES = {6: ('c0', 'c1', 's1', 's2', 's3', 's4'), 5: ('c0', 's1', 's2', 's3', 's4'), 1: ('patches',),
+          2: ('slices', 'tokens')}      # of MiT+; MiT and ResNet; ViT; volumes of Joint
 
 
 def compare(tensors: dict, model: dict) -> dict:
@@ -33,10 +34,10 @@ def compare(tensors: dict, model: dict) -> dict:
   wide = {name: np.asarray(array, np.float32) for name, array in tensors.items()}
   net = architectures.torch_network(model).eval()
   net.load_state_dict({name: torch.tensor(array) for name, array in wide.items()}, strict=True)
-  ours, inputs = forward(model), {}
+  ours, inputs, channels = forward(model), {}, architectures.model(model['arch']).in_channels
   for size in sizes(model):
     if len(size) in model['dimensions']:
-      x = images(size, net.backbone.arch.in_channels[len(size) - 2])
+      x = images(size, channels[len(size) - 2])
       with jax.default_matmul_precision('highest'):      # accelerators would round the factors
         mine = jax.jit(ours)(wide, x)
       inputs['x'.join(map(str, size))] = _differences(mine, net, x)
@@ -52,7 +53,7 @@ def sizes(model: dict) -> list:
       module.check(size, module.in_channels[len(size) - 2])
       out.append(size)
     except ValueError:
-      out.append(module.native_size(len(size)))
+      out.append(architectures.native_size(model, len(size)))
   return list(dict.fromkeys(out))
 
 
@@ -69,8 +70,7 @@ def of_artefact(call, tensors: dict, model: dict, n: int) -> dict:
   import torch
   net = architectures.torch_network(model).eval()
   net.load_state_dict({name: torch.tensor(np.asarray(array, np.float32)) for name, array in tensors.items()})
-  arch = net.backbone.arch
-  x = images(arch.native_size(n), arch.in_channels[n - 2])
+  x = images(architectures.native_size(model, n), architectures.model(model['arch']).in_channels[n - 2])
   x = np.concatenate([x, x[..., ::-1]])
   return _differences(call(tensors, x), net, x)
 
@@ -91,11 +91,16 @@ def forward(model: dict):
   """
   module = architectures.model(model['arch'])
   head = model['head'] and DINOHead(**{k: v for k, v in model['head'].items() if k != 'in_dim'})
+  first = lambda a: None if a is None else jnp.moveaxis(a, -1, 1)
 
   def run(tensors, x):
     params = torch_names.from_torch_tree({n: jnp.asarray(t, jnp.float32) for n, t in tensors.items()})
-    out = module.apply({'params': params['backbone']}, jnp.moveaxis(x, 1, -1), decode=model['decoder'])
-    first = lambda a: None if a is None else jnp.moveaxis(a, -1, 1)
+    x = jnp.moveaxis(x, 1, -1)
+    if x.ndim == 5 and model.get('inter'):
+      out = slicewise.embed(module, architectures.inter_encoder(model['inter']), params, x)
+      return _stages(out.embedding, [first(out.slices), first(out.tokens)], None, None)
+    stats = {k: v for k, v in params.items() if k == 'batch_stats'}
+    out = module.apply({'params': params['backbone']} | stats, x, decode=model['decoder'])
     logits = head and head.apply({'params': params['head']}, out.embedding)
     return _stages(out.embedding, [first(c) for c in out.pyramid], first(out.reconstruction), logits)
   return run

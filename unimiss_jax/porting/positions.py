@@ -10,6 +10,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 
 from unimiss_jax.models import layers
 from unimiss_jax.models.mit import MiT
+from unimiss_jax.models.resnet import ResNet
 from unimiss_jax.models.vit import ViT
 from unimiss_jax.porting import arch as architectures
 from unimiss_jax.porting.errors import PortingError
@@ -20,6 +21,8 @@ POS_RESIZE = {'grid': 'unimiss_jax.porting.positions', 'flat_zoom': 'unimiss_jax
 
 def tables(module) -> dict:
   """Path of every position table -> (native grid, has a class slot)."""
+  if isinstance(module, ResNet):
+    return {}
   if isinstance(module, ViT):
     plane, volume = (module.grid(module.native_size(n)) for n in (2, 3))
     return {('transformer', 'plane_table'): (plane, False), ('transformer', 'depth_table3D'): (volume[:1], False)}

@@ -30,7 +30,7 @@ def export(folder, tensors: dict, model: dict, proof: dict) -> dict:
   weights = {name: jax.ShapeDtypeStruct(array.shape, array.dtype) for name, array in tensors.items()}
   batch, = jax.export.symbolic_shape('b')
   for n in model['dimensions']:
-    x = jax.ShapeDtypeStruct((batch, module.in_channels[n - 2], *module.native_size(n)), np.float32)
+    x = jax.ShapeDtypeStruct((batch, module.in_channels[n - 2], *architectures.native_size(model, n)), np.float32)
     with jax.default_matmul_precision('highest'):
       made = jax.export.export(jax.jit(parity.forward(model)), platforms=PLATFORMS)(weights, x)
     file = folder / f'forward_{n}d.stablehlo'

@@ -30,9 +30,13 @@ USE = '''import json, safetensors.torch, {file}
 net = {file}.{network}(**json.load(open('config.json'))['torch']).eval()
 net.load_state_dict(safetensors.torch.load_file('model.safetensors'))
 output, logits = net(x)      # x [B, 3, H, W] or [B, 1, D, H, W] -> output.embedding, .pyramid, .reconstruction'''
+SLICEWISE = ('A volume goes through the ResNet slice by slice. Its `output.embedding` is the unit mean of the tokens '
+             'that the Transformer over the slices gives, `output.pyramid` the embeddings of the slices and those '
+             'tokens; it has no logits. Any number of slices works.', '')
 FILES = {'model.safetensors': 'the weights', 'config.json': 'architecture, preprocessing contract, training',
          'parity.json': 'JAX against PyTorch, stage by stage', 'torch_mit.py': 'the network in PyTorch, one file',
-         'torch_mit_pilot.py': 'the network in PyTorch, one file',
+         **dict.fromkeys(('torch_mit_pilot.py', 'torch_resnet.py', 'torch_vit.py'),
+                         'the network in PyTorch, one file'),
          'README.md': 'this card', 'model.pth': 'the weights as a PyTorch state_dict',
          'stablehlo': "the forward pass for `jax.export.deserialize(...).call(weights, x)`, native size, any batch; "
                       'needs jax and flatbuffers'}
@@ -61,7 +65,7 @@ def contract(config: dict) -> dict:
                     f'as in the file, not resampled; trained on {data["ct"] or data.get("manifest") or PHANTOMS}'),
         'intensity': INTENSITY[data['modality']] if not asked else f'HU, clipped to [-1024, 3071]{asked}'
                      + ('' if std else ', divided by 1024'),
-        'size': list(model['volume_size']),
+        'size': list(model.get('volume_size', views['ct']['size'])),
         'crop': _ct_crop(views['ct'], record),
         'view': {k: views['ct'][k] for k in ('size', 'extent', 'resize', 'pad_hu')} | common | {
             'record': record, 'modality': data['modality'],
@@ -110,7 +114,7 @@ def training(weights) -> dict:
   step = int(weights.source.rstrip('/').rpartition('/')[2]) if weights.source.rpartition('/')[2].isdigit() else None
   return {
       'method': config['method'], 'preset': config['preset'], 'step': step, 'modality': config['data']['modality'],
-      'losses': {k: v for k, v in config['loss'].items() if k in LOSSES and v},
+      'losses': {k: v for k, v in config['loss'].items() if k in LOSSES and v}, **_of_joint(config.get('joint')),
       'batch': {s: config['batch'][s] for s in records or ('ct', 'xray')},
       'samples_seen': meta.get('positions', {}),
       'data': {s: {'source': source(s), **records.get(s, {})} for s in ('ct', 'xray') if config['phases'][s]},
@@ -118,6 +122,13 @@ def training(weights) -> dict:
       'hosts': env.get('hosts'), 'init_from': config.get('init_from') or None,
       'versions': meta.get('versions') or env.get('packages', {}),
       'evaluation_set': config['eval']['knn'] or 'phantoms', 'evaluation': _evaluation(about.get('metrics', []), step)}
+
+
+def _of_joint(joint) -> dict:
+  if not joint:
+    return {}
+  return {'objective': joint['objective'],
+          'phases': {n: f'{100 * s:.0f} %' for n, s in zip(joint['phases'], joint['shares'])}}
 
 
 def _ct_crop(views, record: str) -> str:
@@ -165,10 +176,9 @@ def card(name: str, config: dict, parity: dict, files: list, license_id: str, da
       f'# {name}', '', f'**{RESEARCH}**', '',
       f'{config["architecture"]} ({config["parameters"] / 1e6:.2f} M parameters: {parts}), '
       f'{_whose(config["branch"])}for {" and ".join(DIMENSIONS[n] for n in net["dimensions"])}. '
-      f'Weights are {config["dtype"]}, in PyTorch layout, under the names of the released '
-      f'{twin.network.replace("Plus", "+")} code.', '',
+      f'Weights are {config["dtype"]}, in PyTorch layout, under the names of {_names(twin)}.', '',
       '## Use', '', 'In this folder, with PyTorch and safetensors installed:', '', '```python', use, '```', '',
-      'Sizes other than the native ones work: position tables are interpolated on their grid.', '',
+      *(SLICEWISE if net.get('inter') else ()), _sizes(twin), '',
       '## Preprocessing contract', '']
   if known:
     for kind, rules in known.items():
@@ -212,7 +222,7 @@ def _limits(how, arch, head, recorded) -> list[str]:
          'An embedding may carry what identifies a patient, sex, age or scanner; none of it was removed.']
   if how and not how['init_from'] and all(d['source'] == PHANTOMS for d in how['data'].values()):
     out.insert(0, 'Trained on drawings of a thorax alone: it shows that the machinery works and helps no patient.')
-  if not recorded:
+  if not recorded and 'num_heads' in arch:
     out.insert(0, 'The file that the weights came from does not record the heads and the depth of volumes: '
                f'num_heads {arch["num_heads"]}, decoder_heads {arch["decoder_heads"]} and volume_size '
                f'{arch["volume_size"]} are assumed. Parity cannot tell.')
@@ -221,6 +231,19 @@ def _limits(how, arch, head, recorded) -> list[str]:
   if arch.get('cls_token', True) is False:
     out.append('Without a class token: the embedding is the mean of the last tokens.')
   return out
+
+
+def _names(twin) -> str:
+  if twin.file.startswith('torch_mit'):
+    return f'the released {twin.network.replace("Plus", "+")} code'
+  beside = ', which behind `backbone.` are those of torchvision' if twin.architecture == 'ResNet' else ''
+  return f'`{twin.file}.py`{beside}'
+
+
+def _sizes(twin) -> str:
+  if twin.architecture == 'ResNet':
+    return 'Images, and slices of volumes, of any size of at least 32 x 32 work.'
+  return 'Sizes other than the native ones work: position tables are interpolated on their grid.'
 
 
 def _whose(branch) -> str:

@@ -11,6 +11,7 @@ from PIL import Image, ImageDraw
 
 from unimiss_jax import models
 from unimiss_jax.evals.knn import unit
+from unimiss_jax.porting import arch as architectures
 from unimiss_jax.report import figures, sheets
 from unimiss_jax.report.figures import Map, Picture
 
@@ -45,7 +46,8 @@ def figures_of(found, method, config, tests) -> tuple[list, list]:
   embedded = {}
 
   def embed():
-    apply = jax.jit(lambda p, b: method.predict['embed'](p, {}, b))
+    extra = {k: x for k, x in found.params.items() if k == 'batch_stats'}
+    apply = jax.jit(lambda p, b: method.predict['embed'](p, extra, b))
     embedded.update({k: _batched(lambda b, k=k: apply(found.params, {k: b[:, None]})[k][:, 0], x)
                      for k, x in views.items()})
     widths = dict.fromkeys(e.shape[1] for e in embedded.values())      # volumes may have a space of their own
@@ -180,10 +182,11 @@ def dense(found, config, views: dict) -> list[Picture]:
   """Of images a sheet, of one volume a browser through its slices: input, what the class token looks at in the last
   block (mean of the heads), and the three principal components of the deepest map with enough places as colours."""
   model = models.build(config.model)
-  apply = jax.jit(lambda p, x: model.apply({'params': p}, x, decode=False, mutable=['intermediates']))
-  params = {k: v for k, v in found.params['backbone'].items() if k == 'transformer'}
+  apply = jax.jit(lambda p, x: model.apply(p, x, decode=False, mutable=['intermediates']))
+  params = {'params': {k: v for k, v in found.params['backbone'].items() if architectures.in_encoder((k,))}}
+  params |= {k: x for k, x in found.params.items() if k == 'batch_stats'}
   out = []
-  for kind in (k for k in ('xray', 'ct') if k in views):
+  for kind in (k for k in ('xray', 'ct') if k in views and (k == 'xray' or 'joint' not in config)):
     x = views[kind][:SHOWN if kind == 'xray' else 1]
     (_, pyramid, _), more = apply(params, x)
     maps = np.asarray(next((m for m in pyramid[::-1] if m.shape[-2] >= PLACES), pyramid[-1]))
