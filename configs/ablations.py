@@ -61,7 +61,6 @@ TERMS = {
     'standardised_head': {'head.batch_standardize': True},      # so far the recipe of preset phantom
     'koleo': {'extra_loss.koleo': .1},
     'masked_input': {'extra_loss.mask_ratio': (.1, .6), 'extra_loss.mask_block': (4, 16, 16)},
-    'tokens_do_not_decay': {'optim.decay_exclude': 'tokens'},
     'both_in_a_step': {'phases.unit': 'joint', 'steps': 152, 'optim.warmup_epochs': .16},
     'distillation_by_sinkhorn': {'loss.ct': 1., 'loss.drr': .5, 'loss.xray': 1., 'extra_loss.sinkhorn': 3},
 }
