@@ -9,8 +9,11 @@ presets
             (contrastive terms, standardised projections, residual trunk), not the papers'.
   phantom_long  the same for 4,000 steps on twice as many phantoms, some twenty minutes: the encoder that the phantom
             tasks of configs/finetune.py start from, see docs/experiments.md.
+  base      plain with the terms that the grid `base` of configs/ablations.py kept, by their worth on phantoms alone
+            (docs/experiments.md): at this size it was never trained
   pod       plain with 1,024 CT and 4,096 X-rays a step, for hundreds of accelerators: as many samples as plain, which
-            are fewer steps; learning rate by the square root of the batch, momentum of the teacher by its power
+            are fewer steps; learning rate by the square root of the batch, momentum of the teacher by its power;
+            `:pod,recipe=base` does that to base
   plain     the losses, schedule and augmentation of the released UniMiSS+ code with its defects
             mended; 63.3 M parameters, made for accelerators.
   reference what the released code computes, defects included, to compare against it.
@@ -21,15 +24,19 @@ from ml_collections import ConfigDict
 
 from configs import common
 
-PRESETS = ('phantom', 'plain', 'reference', 'phantom_long', 'pod')
+PRESETS = ('phantom', 'plain', 'reference', 'phantom_long', 'base', 'pod')
 
 
 def get_config(arg: str | None = None) -> ConfigDict:
-  preset, given = common.parse_arg(arg, PRESETS, model='mit_plus')
+  preset, given = common.parse_arg(arg, PRESETS, model='mit_plus', recipe='plain')
+  if given['recipe'] not in ('plain', 'base') or given['recipe'] == 'base' and preset != 'pod':
+    raise ValueError(f'recipe={given["recipe"]}: of preset pod alone, plain or base')
   config = plain()
   config.preset = preset
+  if given['recipe'] == 'base':
+    base(config)
   if preset != 'plain':
-    {'phantom': phantom, 'reference': reference, 'phantom_long': phantom_long, 'pod': pod}[preset](config)
+    {'phantom': phantom, 'reference': reference, 'phantom_long': phantom_long, 'base': base, 'pod': pod}[preset](config)
   if given['model'] != 'mit_plus':
     vit(config, given['model'])
   return config.lock()
@@ -101,6 +108,14 @@ def phantom_long(c: ConfigDict) -> None:
   phantom(c)
   c.steps, c.eval.every, c.checkpoint.every = 4000, 1000, 250
   c.data.phantom_records = 1536
+
+
+def base(c: ConfigDict) -> None:
+  c.drr.view, c.drr.scope = 'pa', 'volume'
+  c.model.update(dict(conv_residual=True, final_norm=True, init='fan_in'))
+  c.head.batch_standardize = True
+  c.loss.update(dict(ct=0., drr=0., slice=0., xray=0., recon_ct=0., recon_drr=0., recon_xray=0.,
+                     nce=1.0, pair_nce=1.0))
 
 
 def pod(c: ConfigDict) -> None:

@@ -3,7 +3,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from configs import unimiss_plus
+from configs import ablations, unimiss_plus
 from tests.e2e import tiny
 from unimiss_jax import step, validate
 from unimiss_jax.methods import base
@@ -50,3 +50,18 @@ def test_rates_of_a_batch(batch):
 def test_plain_scales_as_released():
   config, method = made('plain', **{'batch.ct': 384, 'optim.warmup_epochs': 0.})
   assert float(step.schedules(config, method)[0](0)) == pytest.approx(8e-4 * 384 / 256, rel=1e-5)
+
+
+def test_the_earned_recipe_is_the_last_rung_at_the_sizes_of_plain():
+  """And pod takes it, too."""
+  _, method = made('base')
+  assert set(method.phases['ct'].chance) == {'train/nce_loss', 'train/pair_nce_loss'}
+  ladder = ablations.GRIDS['base']
+  last = [row for row in ladder['rows'] if row not in ablations.FALLEN][-1]
+  base_, pod = (unimiss_plus.get_config(p) for p in ('base', 'pod,recipe=base'))
+  for leaf, value in ladder['rows'][last].items():
+    if leaf.split('.')[0] in ('loss', 'extra_loss', 'model', 'drr') or leaf == 'head.batch_standardize':
+      assert validate.leaf(base_, leaf) == validate.leaf(pod, leaf) == value, leaf
+  assert pod.batch.ct == 1024 and base_.batch.ct == 96 and base_.model.embed_dims == made('plain')[0].model.embed_dims
+  with pytest.raises(ValueError, match='recipe=base: of preset pod alone'):
+    unimiss_plus.get_config('plain,recipe=base')
