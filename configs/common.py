@@ -156,6 +156,14 @@ def vit(name: str) -> ConfigDict:
       dtype='float32', remat=''))                 # as above; remat: '' | blocks | all
 
 
+def resnet() -> ConfigDict:
+  """`model` of a ResNet-50: of images; volumes go through it slice by slice. It has no decoder."""
+  return ConfigDict(dict(
+      name='resnet50', depths=(3, 4, 6, 3), width=64,      # blocks of the stages; channels of the stem
+      in_channels=(3, 1), image_size=224, dtype='float32',
+      remat=''))                                           # '' | blocks
+
+
 def image_views(scale) -> dict:
   """Augmentation of a 2D view; `scale` = crop area as a share of the image."""
   return dict(

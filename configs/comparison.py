@@ -27,8 +27,10 @@ def rows(task: str) -> dict:
   return ROWS | {name: ROWS[name] | slow for name in ('pretrained', 'imported')}
 
 
-GRIDS = {
-    task: {'config': f'configs/finetune.py:{task}', 'rows': rows(task), 'base': 'scratch', 'seeds': (0, 1, 2),
-           'fractions': fractions}
-    for task, fractions in FRACTIONS.items()
-}
+def grids(model: str = '') -> dict:
+  return {task + (f'_{model}' if model else ''): {
+      'config': f'configs/finetune.py:{task}' + (f',model={model}' if model else ''), 'rows': rows(task),
+      'base': 'scratch', 'seeds': (0, 1, 2), 'fractions': fractions} for task, fractions in FRACTIONS.items()}
+
+
+GRIDS = grids() | grids('resnet50')      # cls2d, ..., cls2d_resnet50, ...: with the encoder of Joint

@@ -16,6 +16,8 @@ presets
 `:cls3d,model=mit_small` (or mit_tiny) classifies with the encoder of the pilot UniMiSS, which cannot segment.
 `:cls3d,model=vit_b16` (or vit_tiny) takes the ViT of UniMedI; segmentation then grows its patches to full size by
 convolutions of its own.
+`:seg2d,model=resnet50` takes the ResNet of Joint; it segments by a U-Net on all its maps. Volumes go through it slice
+by slice, and are classified by the mean over the slices.
 """
 from ml_collections import ConfigDict
 
@@ -40,6 +42,8 @@ def get_config(arg: str | None = None) -> ConfigDict:
     c.optim.decay_exclude = ''      # everything decays
   if given['model'].startswith('vit'):
     vit(c, given['model'])
+  elif given['model'] == 'resnet50':
+    resnet(c)
   elif given['model'] != 'mit_plus':
     c.model = unimiss.network(given['model'])
   return c.lock()
@@ -139,6 +143,14 @@ def vit(c: ConfigDict, name: str) -> None:
     c.views.ct.size = c.model.volume_size
   if c.phases.ct and not small:
     c.model.volume_size = c.views.ct.size
+
+
+def resnet(c: ConfigDict) -> None:
+  """The encoder of Joint; for phantoms a small one."""
+  c.model = common.resnet()
+  c.model.image_size = c.views.xray.size
+  if c.preset in PHANTOM:
+    c.model.update(dict(depths=(1, 1, 1, 1), width=16))
 
 
 def ricord(c: ConfigDict, quirks: bool) -> None:

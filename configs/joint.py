@@ -57,7 +57,8 @@ def paper(c: ConfigDict, objective: str, schedule: str) -> None:
   c.steps, c.epochs = 0, sum(EPOCHS[p] for p in phases)
   c.data.phantom_records = 3072                 # k-means wants no fewer samples than clusters
   c.batch.update(dict(ct=12 if swav else 8, xray=128))
-  c.model = ConfigDict(dict(name='resnet50', in_channels=(3, 1), image_size=224, dtype='float32', remat='blocks'))
+  c.model = common.resnet()
+  c.model.remat = 'blocks'
   c.head.update(dict(out_dim=3000, hidden_dim=2048, bottleneck_dim=128))
   c.views.ct.update(dict(size=(64, 128, 128)))
   c.views.xray.update(dict(size=224, scale=(0.14, 1.0) if swav else (0.08, 1.0), resize='bicubic'))

@@ -107,6 +107,74 @@ def test_a_vit_segments_at_full_size():
     assert out.shape == (1, 1, *size, classes + (stream == 'ct'))
 
 
+RESNET = {'model.depths': (1, 1, 1, 1), 'model.width': 4, 'views.xray.size': 32, 'views.ct.size': (4, 32, 32),
+          'batch.ct': 2, 'batch.xray': 2, 'optim.layer_decay': .5, 'optim.warmup_epochs': 0.}
+
+
+def with_resnet(preset, **overrides):
+  """(config, method, stream, fields of two rows) of a tiny ResNet."""
+  c = tiny.changed(finetune.get_config(f'{preset},model=resnet50').unlock(), RESNET | overrides)
+  validate.validate(c)
+  stream = 'ct' if c.phases.ct else 'xray'
+  size = c.views.ct.size if stream == 'ct' else (32, 32)
+  target = {'label': ((4,), np.float32)} if c.task.kind == 'cls' else {
+      'mask': (size if c.task.exclusive else (*size, 3), np.uint8)}
+  method = base.make(c, {stream: (16, target)})
+  rng, (name, (shape, dtype)) = np.random.default_rng(0), *target.items()
+  rows = {stream: rng.standard_normal((2, 1, *size, 1 if stream == 'ct' else 3)).astype(np.float32),
+          name: rng.integers(0, 2, (2, *shape)).astype(dtype), 'id': np.arange(2), 'rng': np.zeros((2, 2), np.uint32),
+          'bad': np.zeros(2, bool)}
+  return c, method, stream, rows
+
+
+@pytest.mark.parametrize('preset', ['phantom_cls2d', 'phantom_cls3d', 'phantom_seg2d', 'phantom_seg3d'])
+def test_a_resnet_takes_every_task_and_its_rates_fall_stage_by_stage(preset):
+  _, method, stream, rows = with_resnet(preset)
+  params, extra = jax.eval_shape(method.init, jax.random.key(0))
+  rate = {n: method.rate(method.groups(n)) for n in named_leaves(params)}
+  got = {n: rate[f'backbone/{n}'] for n in ('conv1/kernel', 'bn1/scale', 'layer1_0/conv1/kernel', 'layer4_0/bn3/bias')}
+  assert list(got.values()) == [.5**5, .5**5, .5**4, .5]
+  assert {r for n, r in rate.items() if n.startswith('task/')} == {1.}
+  loss, aux = jax.eval_shape(method.phases[stream].loss, params, extra, {stream: rows}, jax.random.key(0), 0)
+  assert jax.tree.structure(jax.eval_shape(method.post, params, extra, aux, 0)) == jax.tree.structure(extra)
+  out = jax.eval_shape(method.predict['logits'], params, extra, {stream: rows[stream]})[stream]
+  size = rows[stream].shape[2:-1]
+  assert out.shape == {'phantom_cls2d': (2, 1, 4), 'phantom_cls3d': (2, 1, 4), 'phantom_seg2d': (2, 1, *size, 3),
+                       'phantom_seg3d': (2, 1, *size, 8)}[preset]
+  assert jax.eval_shape(method.predict['embed'], params, extra, {stream: rows[stream]})[stream].shape == (2, 1, 128)
+  if 'seg' in preset:
+    heads = {n: x.shape for n, x in named_leaves(params).items() if n.startswith('task/out/') and n.endswith('kernel')}
+    assert [heads[f'task/out/level_{i}/kernel'][0] for i in range(4)] == [4, 4, 4, 8]
+    assert params['task']['conv_0a']['kernel'].shape == (3, 3, 128 + 64, 16)      # s4 doubled, beside s3
+
+
+def test_views_that_a_unet_cannot_halve_are_named():
+  with pytest.raises(ValueError, match='views of 72 pixels: .* multiples of 32, the nearest is 64'):
+    with_resnet('phantom_seg2d', **{'views.xray.size': 72})
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('frozen', [False, True])
+def test_a_resnet_learns_with_its_batch_statistics_and_stands_still_when_frozen(frozen):
+  """A volume slice by slice: the loss falls; frozen, neither weights nor statistics move by one bit."""
+  c, method, stream, rows = with_resnet('phantom_seg3d', **{'task.frozen': frozen})
+  right = np.broadcast_to(np.arange(32) >= 13, rows['mask'].shape)
+  rows |= {'mask': (3 * right).astype(np.uint8), 'ct': (.1 * rows['ct'][..., 0] + right[:, None])[..., None]}
+  tx = optim.adamw(method.groups, rate=method.rate)
+  state = first = jax.jit(step.make_init(c, method, tx))(jax.random.key(0))
+  run = jax.jit(step.make_step(c, method, tx, stream, sharding.make_mesh(1, 1, jax.devices()[:1])))
+  losses = []
+  for _ in range(30):
+    state, metrics = run(state, {stream: rows})
+    losses.append(float(metrics['train/loss']))
+  assert losses[-1] < losses[0] / 2 and np.isfinite(losses).all(), losses
+  before, after = ({**named_leaves(s.params), **named_leaves(s.extra)} for s in (first, state))
+  moved = {n for n, x in after.items() if not np.array_equal(x, before[n])}
+  assert {n for n in after if n.startswith('task/')} <= moved
+  assert any(n.startswith('batch_stats/') for n in moved) != frozen
+  assert any(n.startswith('backbone/') for n in moved) != frozen
+
+
 def test_a_patch_grows_until_it_is_full():
   assert doublings((4, 16, 16)) == ((1, 2, 2), (1, 2, 2), (2, 2, 2), (2, 2, 2))
   with pytest.raises(ValueError, match='use powers of two'):

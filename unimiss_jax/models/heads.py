@@ -147,6 +147,36 @@ class GrowingSegmenter(nn.Module):
     return Segmenter(self.outputs, self.levels, self.dtype, name='out')(grown)
 
 
+class UNet(nn.Module):
+  """Maps [B, h, w, C] of a pyramid, each half as large as the one before, the first half as large as the image ->
+  logits as `Segmenter` gives them: doubled, beside the next finer map, two convolutions with norm and ReLU
+  (Ronneberger et al. 2015).
+
+  Attributes:
+    widths: channels of the steps from the coarsest map to full size, as many as there are maps.
+    outputs, levels, dtype: as of `Segmenter`.
+  """
+  widths: tuple
+  outputs: int
+  levels: int = 1
+  dtype: Any = jnp.float32
+
+  @nn.compact
+  def __call__(self, maps):
+    x, grown = maps[-1].astype(self.dtype), []
+    for i, (width, beside) in enumerate(zip(self.widths, [*maps[-2::-1], None])):
+      for axis in (1, 2):
+        x = jnp.repeat(x, 2, axis)
+      if beside is not None:
+        x = jnp.concatenate([x, beside.astype(self.dtype)], -1)
+      for j in range(2):
+        x = nn.Conv(width, (3, 3), use_bias=False, kernel_init=KEEPING, dtype=self.dtype, param_dtype=wide(self.dtype),
+                    name=f'conv_{i}{"ab"[j]}')(x)
+        x = nn.relu(InstanceNorm(dtype=self.dtype, name=f'norm_{i}{"ab"[j]}')(x))
+      grown.append(x)
+    return Segmenter(self.outputs, self.levels, self.dtype, name='out')(grown)
+
+
 def doublings(kernel) -> tuple:
   """Pixels of a patch -> by how much each axis grows in each step, 1 or 2; the longest first, all together at the end.
 
