@@ -94,6 +94,13 @@ def test_losses_may_stand_at_chance_at_first_and_the_teacher_still_at_the_end(co
   assert not health.findings(rows(34, sick=DISEASES['frozen teacher']), config, CHANCE)
 
 
+def test_the_last_step_of_a_run_waits_for_no_data(config):
+  sick = rows(sick=DISEASES['data starvation'], ill=4)
+  over = [*sick[:-1], sick[-1] | {health.DONE: 1., 'data/wait_frac': 0.}]
+  assert names(health.findings(over, config, CHANCE)) == ['data starvation']
+  assert not health.findings(over[-health.LAST:], config, CHANCE)      # two rows
+
+
 def test_causes_come_before_effects(config):
   found = health.findings(rows(sick=DISEASES['data starvation'] | DISEASES['dead features'] | DISEASES['empty views']),
                           config, CHANCE)

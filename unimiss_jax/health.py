@@ -276,8 +276,9 @@ def unsettled(phase, rows, config, chance):
 
 
 def starved(phase, rows, config, chance):
+  rows = [r for r in rows if r.get(DONE) != 1]      # the last step of a run waits for no other batch
   wait = _last(rows, 'data/wait_frac')
-  if wait and min(wait) > STARVED:
+  if len(wait) == LAST and min(wait) > STARVED:
     yield Finding('data starvation', f'{phase}: {min(wait):.0%} of the time is spent waiting for data',
                   'raise data.workers, prepare the data, data.views_per_read, or data.place=device')
 

@@ -1,7 +1,9 @@
 """Diseases provoked by real runs of the train loop on tiny phantoms, each named by its verdict; a healthy demo."""
+import itertools
 import json
 import logging
 import re
+import time
 
 import numpy as np
 import pytest
@@ -10,15 +12,23 @@ from configs import unimiss_plus
 from tests.e2e import tiny
 from unimiss_jax import sharding, train
 
+XRAY = {'loss.recon_xray': 0., 'phases.ct': 0}      # X-rays alone, nothing is rebuilt: both compile quickly
+CONTRAST = XRAY | {'loss.xray': 0., 'steps': 100, 'log.health_every': 20}
+DISTIL = XRAY | {'loss.nce': 0., 'steps': 80, 'log.health_every': 20, 'seed': 1, 'optim.lr': 1e-3,
+                        'ema.momentum': .9}
+REBUILD = {'phases.ct': 0, 'loss.xray': 0., 'loss.nce': 0., 'steps': 24, 'log.health_every': 24}
+RELEASED = {'model.final_norm': False, 'model.init': 'released', 'model.conv_residual': False, 'model.last_stride': 2,
+            'head.batch_standardize': False}
 
-def verdict(caplog):
-  return next(r.message for r in reversed(caplog.records) if r.message.startswith('HEALTH'))
+
+def verdicts(caplog):
+  return [r.message for r in caplog.records if r.message.startswith('HEALTH')]
 
 
 def run(folder, caplog, **leaves):
   caplog.set_level(logging.INFO)
   assert train.train_and_evaluate(tiny.config(**({'log.health_every': 8, 'eval.tasks': ()} | leaves)), str(folder)) == 0
-  return verdict(caplog)
+  return verdicts(caplog)[-1]
 
 
 @pytest.mark.slow
@@ -54,10 +64,53 @@ def test_a_broken_record_is_named_and_its_batch_kept(tmp_path, caplog, monkeypat
 @pytest.mark.parametrize('leaves, disease', [
     ({'ema.momentum': 1.}, 'frozen teacher'),
     ({'views.xray.scale': (5e-5, 5e-5), 'views.xray.noise_std': (0., 0.), 'phases.ct': 0}, 'empty views'),    # a pixel
-    ({'loss.shuffle_pairs': True, 'steps': 60, 'log.health_every': 60}, 'pairs do not match'),
-], ids=['momentum', 'crop', 'shuffled'])
+], ids=['momentum', 'crop'])
 def test_provoked_diseases(leaves, disease, tmp_path, caplog):
   assert disease in run(tmp_path, caplog, **leaves)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('leaves', [CONTRAST, DISTIL], ids=['contrast', 'distil'])
+def test_the_runs_below_are_healthy_where_nothing_is_provoked(leaves, tmp_path, caplog):
+  run(tmp_path, caplog, **leaves)
+  told = verdicts(caplog)
+  assert len(told) == leaves['steps'] // 20 and all('healthy' in t for t in told), told
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('leaves, disease', [
+    (DISTIL | {'loss.teacher_temp': 10., 'loss.warmup_teacher_temp': 10.}, 'uniform teacher'),
+    (DISTIL | {'loss.center_momentum': 1.}, 'one prototype'),
+    (CONTRAST | RELEASED, 'dead features'),
+    (CONTRAST | RELEASED | {'optim.weight_decay': 100., 'optim.weight_decay_end': 100.}, 'dead features'),
+    (CONTRAST | {'loss.shuffle_pairs': True}, 'pairs do not match'),
+], ids=['temperature', 'center', 'trunk', 'decay', 'shuffled'])
+def test_what_is_provoked_is_named_first(leaves, disease, tmp_path, caplog):
+  assert run(tmp_path, caplog, **leaves).startswith(f'HEALTH step {leaves["steps"]}: {disease}: xray: ')
+
+
+@pytest.mark.slow
+def test_data_that_come_late(tmp_path, caplog, monkeypatch):
+  give = sharding.to_devices
+
+  def late(batch, mesh):
+    time.sleep(1)
+    return give(batch, mesh)
+  monkeypatch.setattr(sharding, 'to_devices', late)
+  told = run(tmp_path, caplog, **CONTRAST | {'steps': 20})
+  assert told.startswith('HEALTH step 20: data starvation: xray: ')
+
+
+@pytest.mark.slow
+def test_xrays_of_another_range_make_the_gradient_explode(tmp_path, caplog, monkeypatch):
+  """After 16 steps come radiographs a thousand times as bright, as from a folder in other units."""
+  give, come = sharding.to_devices, itertools.count()
+
+  def bright(batch, mesh):
+    rows = batch['xray']
+    return give({'xray': rows | {'xray': rows['xray'] * (1e3 if next(come) >= 16 else 1)}}, mesh)
+  monkeypatch.setattr(sharding, 'to_devices', bright)
+  assert run(tmp_path, caplog, **REBUILD).startswith('HEALTH step 24: exploding gradient: xray: ')
 
 
 @pytest.mark.slow
