@@ -172,6 +172,16 @@ def test_pairs_without_a_chance_level_are_told_by_their_cosines(config):
   assert not health.findings(rows(sick=sick), config, {'ct': CHANCE['ct'] | {'train/vl_loss': 4.}})
 
 
+def test_a_loss_above_chance_is_blind_where_pairs_are_no_nearer_than_others(config):
+  """Numbers of two runs on 16 X-rays (chance 2.71): of the second the pairs were shuffled."""
+  gaps = lambda *values: [r | {'collapse/nce_gap': v, 'train/nce_loss': 4.} for r, v in zip(rows(len(values)), values)]
+  late = {health.DONE: .5}
+  told = lambda found: names(health.findings([r | late for r in found], config, CHANCE))
+  assert not told(gaps(.5, .6, .2, .7, .4, .3, .5, .12, .43, .05))
+  assert told(gaps(.3, .26, -.29, -.33, .22, -.2, .01, .34, -.15, .04)) == ['pairs do not match']
+  assert told([r | {'train/nce_loss': 2.71} for r in gaps(*[.5] * 10)]) == ['pairs do not match']      # at chance
+
+
 CLUSTERS = {      # disease: rows of each objective
     'one cluster': ({'clusters/intra_batch_entropy': .1}, {'clusters/inter_batch_entropy': .02},
                     {'clusters/intra_largest': .95}, {'clusters/inter_empty': .6}),

@@ -8,11 +8,11 @@ import numpy as np
 
 from unimiss_jax.optim import named_leaves
 
-KEPT = 10      # batches on disk of one run; the first ones tell most
+KEPT = 10      # batches on disk of one run and process; the first ones tell most
 
 
 def report(folder, step: int, batch: dict, params, metrics: dict) -> str:
-  """Writes nan/<step>.npz below `folder` (None: nothing is written) and says what is known, in one line.
+  """Writes this process's rows to nan/ below `folder` and says what is known, in one line.
 
   Args:
     batch: {stream: {field: global array}}; of rows on other processes nothing is said.
@@ -25,14 +25,18 @@ def report(folder, step: int, batch: dict, params, metrics: dict) -> str:
     ids = fields['id'][broken] if broken.any() else fields['id']
     what = 'records that are not finite themselves' if broken.any() else 'all finite, records'
     told.append(f'{stream}: {what} {", ".join(map(str, ids[:8]))}' + (' ...' if len(ids) > 8 else ''))
-  if folder is not None:
-    place = pathlib.Path(folder) / 'nan'
-    place.mkdir(exist_ok=True)
-    if len(list(place.glob('*.npz'))) < KEPT:
-      with (place / f'{step}.npz').open('wb') as f:
-        np.savez(f, **{f'{s}/{k}': x for s, fields in rows.items() for k, x in fields.items()})
-      told.append(f'batch in nan/{step}.npz')
+  place = pathlib.Path(folder) / 'nan'
+  place.mkdir(exist_ok=True)
+  if len(list(place.glob(name('*')))) < KEPT:
+    with (place / name(step)).open('wb') as f:
+      np.savez(f, **{f'{s}/{k}': x for s, fields in rows.items() for k, x in fields.items()})
+    told.append(f'batch in nan/{name(step)}')
   return '; '.join(told)
+
+
+def name(step) -> str:
+  """Of the file: '7.npz'; of process 2 of several, which hold other rows, '7_host_2.npz', as its log is called."""
+  return f'{step}_host_{jax.process_index()}.npz' if jax.process_count() > 1 else f'{step}.npz'
 
 
 def what_broke(params, metrics: dict) -> str:

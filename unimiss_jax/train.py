@@ -316,8 +316,7 @@ class Run:
 
   def skipped(self, i, phase, metrics, batch):
     row = int(metrics['train/skipped_in_a_row'])
-    seen = autopsy.report(self.mirror.local if self.main else None, i, batch, self.state.params,
-                          jax.device_get(metrics))
+    seen = autopsy.report(self.mirror.local, i, batch, self.state.params, jax.device_get(metrics))
     logging.warning('step %d %s: loss or gradient is not finite; step skipped (%d in a row, %d end the run); %s',
                     i, phase, row, self.config.optim.max_skipped, seen)
     if row >= self.config.optim.max_skipped:
