@@ -12,17 +12,20 @@ network untrained. One line of JSON a seed: accuracies, chance .5, and the last 
 """
 import argparse
 import json
+import pathlib
 import sys
 import time
 
 import jax
 import numpy as np
 
-from configs import joint
-from unimiss_jax import optim, sharding, step, validate
-from unimiss_jax.boundary import crossed
-from unimiss_jax.evals import probe
-from unimiss_jax.methods import base
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
+
+from configs import joint  # noqa: E402
+from unimiss_jax import optim, sharding, step, validate  # noqa: E402
+from unimiss_jax.boundary import crossed  # noqa: E402
+from unimiss_jax.evals import probe  # noqa: E402
+from unimiss_jax.methods import base  # noqa: E402
 
 SLICES, SIZE, RECORDS, BATCH = 16, 32, 512, 16
 FIT, TEST, ROWS = 256, 512, 64
