@@ -33,7 +33,8 @@ def run(tmp_path_factory):
   folder = tmp_path_factory.mktemp('joint')
   c = joint_config.get_config('phantom,model=resnet50').unlock()
   c = tiny.changed(c, NET | {
-      'steps': 6, 'data.phantom_records': 16, 'batch.ct': 8, 'batch.xray': 8, 'eval.records': 24, 'eval.fit': 12, 'log.every': 1,
+      'steps': 6, 'data.phantom_records': 16, 'batch.ct': 8, 'batch.xray': 8,
+      'eval.records': 24, 'eval.fit': 12, 'log.every': 1,
       'checkpoint.every': 6, 'views.ct.size': (8, 32, 32), 'head.out_dim': 8, 'head.hidden_dim': 16,
       'head.bottleneck_dim': 8, 'joint.shares': (1 / 3, 1 / 3, 1 / 3), 'joint.width': 16, 'joint.freeze_prototypes': 0,
       'joint.slice_parts': 2, 'optim.warmup_epochs': 0.})
