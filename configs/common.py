@@ -156,10 +156,12 @@ def vit(name: str) -> ConfigDict:
       dtype='float32', remat=''))                 # as above; remat: '' | blocks | all
 
 
-def resnet() -> ConfigDict:
-  """`model` of a ResNet-50: of images; volumes go through it slice by slice. It has no decoder."""
+def resnet(small: bool = False) -> ConfigDict:
+  """`model` of a ResNet-50, or a small one for phantoms: of images; volumes go through it slice by slice."""
   return ConfigDict(dict(
-      name='resnet50', depths=(3, 4, 6, 3), width=64,      # blocks of the stages; channels of the stem
+      name='resnet50',
+      depths=(1, 1, 1, 1) if small else (3, 4, 6, 3),      # blocks of the stages
+      width=16 if small else 64,                           # channels of the stem
       in_channels=(3, 1), image_size=224, dtype='float32',
       remat=''))                                           # '' | blocks
 

@@ -147,10 +147,8 @@ def vit(c: ConfigDict, name: str) -> None:
 
 def resnet(c: ConfigDict) -> None:
   """The encoder of Joint; for phantoms a small one."""
-  c.model = common.resnet()
+  c.model = common.resnet(small=c.preset in PHANTOM)
   c.model.image_size = c.views.xray.size
-  if c.preset in PHANTOM:
-    c.model.update(dict(depths=(1, 1, 1, 1), width=16))
 
 
 def ricord(c: ConfigDict, quirks: bool) -> None:

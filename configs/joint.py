@@ -11,6 +11,7 @@ presets
   plain           sizes and rates of the released code, ResNet-50, its defects mended; made for accelerators
   reference       with its attention along features, its mask loss, no queue, and volumes not standardised
 objective   swav | deepcluster; '' = that of the preset
+model       resnet50: a small one in place of MiT+ in the presets for phantoms; '' = that of the preset
 schedule    released = intra, mask, inter | no_mask | joint | baseline_2d = intra alone; '' = that of the preset
 """
 from ml_collections import ConfigDict
@@ -27,7 +28,7 @@ EPOCHS = {'intra': 105, 'mask': 100, 'inter': 100, 'joint': 305}      # of the r
 
 
 def get_config(arg: str | None = None) -> ConfigDict:
-  preset, given = common.parse_arg(arg, PRESETS, objective='', schedule='')
+  preset, given = common.parse_arg(arg, PRESETS, objective='', schedule='', model='')
   objective, schedule = OF_PRESET.get(preset, ('swav', 'released'))
   objective, schedule = given['objective'] or objective, given['schedule'] or schedule
   if schedule not in SCHEDULES:
@@ -41,6 +42,11 @@ def get_config(arg: str | None = None) -> ConfigDict:
   if preset == 'reference':
     c.joint.inter.update(dict(axis='feature', sampler='collapse'))
     c.joint.update(dict(mask_loss='released', standardize_volumes=False, image_queue=0, volume_queue=0))
+  if given['model'] not in ('', 'resnet50'):
+    raise ValueError(f'model={given["model"]} unknown: use resnet50')
+  if given['model'] and c.model.name != given['model']:
+    c.model = common.resnet(small=True)
+    c.model.image_size = c.views.xray.size
   phases = SCHEDULES[schedule]
   total = sum(shares[p] for p in phases)
   c.joint.update(dict(objective=objective, phases=phases, shares=tuple(shares[p] / total for p in phases)))

@@ -99,7 +99,10 @@ def whole(run, preset: dict | None):
                         for k, v in {**a, **b}.items()}
   tuples = lambda v: {k: tuples(x) for k, x in v.items()} if isinstance(v, dict) else (
       tuple(map(tuples, v)) if isinstance(v, list) else v)
-  return ConfigDict(tuples(merge(preset or {}, run.config)))
+  known, name = preset or {}, run.config.get('model', {}).get('name')
+  if known.get('model', {}).get('name') != name:      # `:plain,model=vit_tiny`: its leaves are another network's
+    known = {k: v for k, v in known.items() if k != 'model'}
+  return ConfigDict(tuples(merge(known, run.config)))
 
 
 def chance_of(config, run) -> dict:
