@@ -180,6 +180,8 @@ def test_a_loss_above_chance_is_blind_where_pairs_are_no_nearer_than_others(conf
   assert not told(gaps(.5, .6, .2, .7, .4, .3, .5, .12, .43, .05))
   assert told(gaps(.3, .26, -.29, -.33, .22, -.2, .01, .34, -.15, .04)) == ['pairs do not match']
   assert told([r | {'train/nce_loss': 2.71} for r in gaps(*[.5] * 10)]) == ['pairs do not match']      # at chance
+  demo = (1.742, .116), (2.272, .266), (2.103, .042), (2.235, .172), (2.079, .209)      # seed 0, half of 380 steps
+  assert not told([r | {'train/pair_nce_loss': v, 'collapse/pair_nce_gap': g} for r, (v, g) in zip(rows(5), demo)])
 
 
 CLUSTERS = {      # disease: rows of each objective
