@@ -12,7 +12,7 @@ from flax.traverse_util import flatten_dict
 
 from tests.methods import test_joint
 from unimiss_jax import checkpoint, init_from, models, weights
-from unimiss_jax.cli import export
+from unimiss_jax.cli import embed, export
 from unimiss_jax.models import deformable
 from unimiss_jax.porting import PortingError, parity, to_torch, torch_files
 from unimiss_jax.porting import arch as architectures
@@ -101,7 +101,8 @@ def test_the_folder_is_whole_and_proven(out):
       '40x64': {'embedding', 'c0', 's1', 's2', 's3', 's4', 'logits'}, '6x32x40': {'embedding', 'slices', 'tokens'}}
   text = (out / 'README.md').read_text()
   assert 'released' not in text.split('## Use')[0] and 'import json, safetensors.torch, torch_resnet' in text
-  assert 'those of torchvision' in text and 'slice by slice' in text and '`: \n' not in text
+  assert 'parameters: encoder, head, Transformer over slices)' in text and 'those of torchvision' in text
+  assert 'slice by slice' in text and '`: \n' not in text
   assert '| phases | intra 50 %, mask 20 %, inter 30 % |' in text and '| size | 16 x 64 x 64 |' in text
 
 
@@ -183,8 +184,9 @@ def test_a_plain_baseline_and_torchvisions_names(tmp_path):
 
 @pytest.mark.slow
 def test_of_a_mit_what_was_trained_is_written(tmp_path):
-  """The 2-D branch; the Transformer over its slices is refused."""
-  saved(config(resnet=False), tmp_path)
+  """The 2-D branch; the Transformer over its slices is refused. The run itself embeds volumes through both."""
+  c = config(resnet=False)
+  trees = saved(c, tmp_path)
   with pytest.raises(PortingError, match=r'2-D branch of a MiT\+, .* FIX: --parts=encoder,head'):
     export.export(tmp_path, tmp_path / 'out')
   found = weights.read(tmp_path)
@@ -193,6 +195,12 @@ def test_of_a_mit_what_was_trained_is_written(tmp_path):
   with pytest.MonkeyPatch.context() as m:
     m.setattr(parity, 'SIZES', ((64, 64),))
     export.export(tmp_path, tmp_path / 'out', parts=('encoder', 'head'))
+  network, got = embed._network(found, 2)[0], []
+  x = np.random.default_rng(1).uniform(-1, 1, (16, 64, 64, 1)).astype(np.float32)
+  network.give(x, got.append)
+  network.end()
+  want = test_joint.made(c).predict['embed'](trees, {}, {'ct': x[None, None]})['ct'][0]
+  np.testing.assert_allclose(got, want, rtol=0, atol=1e-5)
   back = weights.read(tmp_path / 'out')
   assert back.dimensions == (2,) and back.parts == ('encoder', 'head')
 

@@ -165,3 +165,15 @@ def test_small_crops_come_from_the_host_and_the_loss_takes_them_with_a_queue():
   loss, aux = jax.eval_shape(method.phases['intra'].loss, params, extra, batch, jax.random.key(0), 0)
   assert loss.shape == () and aux.rows['intra'][0].shape == (4, 2, 8)
   assert jax.tree.structure(jax.eval_shape(method.post, params, extra, aux, 0)) == jax.tree.structure(extra)
+
+
+def test_parts_of_slices_and_the_small_resnet_of_the_phantoms():
+  with pytest.raises(ValueError, match=r'slice_parts=3 does not divide the 16 slices .*: use one of 1, 2, 4, 8, 16'):
+    made(tiny(slice_parts=3))
+  with pytest.raises(ValueError, match='model=vit_tiny unknown: use resnet50'):
+    joint.get_config('phantom,model=vit_tiny')
+  config = joint.get_config('joint,model=resnet50')
+  validate.validate(config)
+  assert joint.get_config('plain,model=resnet50').model.depths == (3, 4, 6, 3) and config.model.depths == (1, 1, 1, 1)
+  _, extra = jax.eval_shape(made(config).init, jax.random.key(0))
+  assert set(extra) == {'batch_stats'}

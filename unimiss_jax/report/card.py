@@ -166,7 +166,8 @@ def card(name: str, config: dict, parity: dict, files: list, license_id: str, da
   """
   known, how = config.get('preprocessing', {}), config.get('training', {})
   arch, net = config['torch']['arch'], config['torch']
-  parts = ', '.join(p for p, there in (('encoder', True), ('decoder', net['decoder']), ('head', net['head'])) if there)
+  parts = ', '.join(p for p, there in (('encoder', True), ('decoder', net['decoder']), ('head', net['head']),
+                                       ('Transformer over slices', net.get('inter'))) if there)
   twin = architectures.twin(arch)
   use = lines_of(twin.file, twin.network).replace('[B, 1,', f'[B, {arch["in_channels"][1]},')
   lines = [
