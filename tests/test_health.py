@@ -203,6 +203,29 @@ def test_diseases_of_clusters(disease, sick):
   assert names(found) == [disease] and found[0].evidence.startswith(f'joint: {next(iter(sick))[9:14]}: ')
 
 
+# Of runs of 120 steps on 32 X-rays with 4 prototypes: loss, entropy of a code and of their mean. Those of the second
+# have projections that are not standardised over the batch.
+TOLD = 'train/intra_loss', 'clusters/intra_entropy', 'clusters/intra_batch_entropy'
+LEARNED = [dict(zip(TOLD, v)) for v in ((1.607, 1.155, 1.368), (1.696, 1.064, 1.346), (1.424, 1.079, 1.376))]
+AT_LN_4 = [dict(zip(TOLD, v)) for v in ((1.388, 1.385, 1.385), (1.387, 1.385, 1.385), (1.386, 1.386, 1.386))]
+
+
+@pytest.mark.parametrize('phases, shares, begins, ends', [
+    (('intra',), (1.,), 0., 1.), (('mask', 'intra'), (.6, .4), .6, 1.), (('intra', 'inter'), (.5, .5), 0., .5)])
+def test_codes_that_nothing_predicts_late_in_their_phase(phases, shares, begins, ends):
+  c = joint.get_config().unlock()
+  c.joint.phases, c.joint.shares = phases, shares
+  levels = {'intra': {'train/intra_loss': math.log(4)}}
+
+  def of(three, share):
+    at = {'phase': 'intra', health.DONE: begins + share * (ends - begins)}
+    return names(health.findings([at | {'step': i} | r for i, r in enumerate(three)], c, levels))
+  assert of(AT_LN_4, .55) == of(AT_LN_4, 1.) == ['clusters at chance'] and not of(AT_LN_4, .45)
+  assert not of(LEARNED, .9) and not of([*AT_LN_4[:2], LEARNED[2]], .9)
+  bare = [{'train/intra_loss': r['train/intra_loss']} for r in AT_LN_4]      # deepcluster tells of no codes
+  assert of(bare, .9) == ['clusters at chance']
+
+
 def test_a_disease_of_both_phases_is_named_once(config):
   sick = rows(sick=DISEASES['pairs do not match'] | {'train/nce_loss': 2.7})
   found = health.findings([*sick, *(r | {'phase': 'xray'} for r in sick)], config, CHANCE | {'xray': CHANCE['ct']})

@@ -27,6 +27,7 @@ LAST = 3            # rows of a phase that must agree
 KEPT = 400          # rows of steps that are looked at, of all phases
 EARLY = .3          # share of the run in which losses may still stand at chance; those of the demo do for .25
 REBUILT = .5        # share in which reconstructions may tell nothing; those of healthy runs do for .37
+CODED = .5          # share of a phase in which clusters may stand at chance; a healthy run of 120 steps does for .25
 NEAR_UNIFORM = .02  # of ln K
 ONE = .05           # of ln K: entropy of the mean over a batch
 SAME = .02          # nats that the teacher's answer tells about which sample it was,
@@ -272,6 +273,22 @@ def one_cluster(phase, rows, config, chance):
                   'joint.freeze_prototypes; fewer joint.image_clusters or joint.volume_clusters')
 
 
+def at_random(phase, rows, config, chance):
+  """Codes or clusters that the network does not predict, although its phase is half over.
+
+  Losses of single batches of a healthy run come to chance as well; then its codes tell samples apart.
+  """
+  for term in TERMS:
+    key = f'train/{term}_loss'
+    values, told = _last(rows, key), _told(rows, f'clusters/{term}_batch_entropy', f'clusters/{term}_entropy')
+    blind = values and key in chance and min(values) >= .98 * chance[key] and not (told and max(told) > SAME)
+    if blind and _of_phase(phase, rows, config) >= CODED:
+      yield Finding('clusters at chance', f'{phase}: {term}_loss {values[-1]:.3f}, chance {chance[key]:.3f}'
+                    + (f', codes tell {told[-1]:.3f} nats of a sample' if told else ''),
+                    'head.batch_standardize=True for images, joint.standardize_volumes=True for volumes; fewer '
+                    'clusters or prototypes, or a joint.image_queue or joint.volume_queue')
+
+
 def unsettled(phase, rows, config, chance):
   """Clusters that are new ones in every epoch."""
   for term in TERMS:
@@ -296,6 +313,7 @@ CHECKS = {      # disease: check, what it reads; the cause before its effects
     'one prototype': (one_prototype, 'collapse/batch_entropy'),
     'uniform teacher': (uniform_teacher, 'collapse/teacher_entropy'),
     'one cluster': (one_cluster, tuple(f'clusters/{t}_{k}' for t in TERMS for k in ('batch_entropy', 'largest'))),
+    'clusters at chance': (at_random, tuple(f'train/{t}_loss' for t in TERMS)),
     'clusters do not settle': (unsettled, tuple(f'clusters/{t}_kept' for t in TERMS)),
     'dead features': (dead_features, 'collapse/rankme'), 'exploding gradient': (exploding, 'train/grad_norm'),
     'loss spikes': (spikes, 'train/loss'), 'pairs do not match': (at_chance, tuple(CONTRASTIVE)),
@@ -317,9 +335,10 @@ def _middle(values) -> tuple:
   return middle, median([abs(v - middle) for v in values])
 
 
-def _told(rows) -> list[float]:
-  """What the teacher's answer tells about which sample it was, in nats, in the last rows; [] where it is not known."""
-  return [b - t for b, t in zip(_last(rows, 'collapse/batch_entropy'), _last(rows, 'collapse/teacher_entropy'))]
+def _told(rows, mean='collapse/batch_entropy', own='collapse/teacher_entropy') -> list[float]:
+  """What an answer (of the teacher) tells about which sample it was, in nats, in the last rows; [] where it is not
+  known. mean, own: the entropy of all answers together, and that of one."""
+  return [b - t for b, t in zip(_last(rows, mean), _last(rows, own))]
 
 
 def _alike(rows, chance) -> bool:
@@ -332,6 +351,15 @@ def _alike(rows, chance) -> bool:
 
 def _late(config, rows) -> bool:
   return (_done(config, rows) or 0.) >= EARLY
+
+
+def _of_phase(phase, rows, config) -> float:
+  """Share of a phase that is over, of those that come one after the other; else of the run."""
+  done, phases = _done(config, rows) or 0., tuple(config.get('joint', {}).get('phases', ()))
+  if phase not in phases:
+    return done
+  i = phases.index(phase)
+  return (done - sum(config.joint.shares[:i])) / config.joint.shares[i]
 
 
 def _done(config, rows) -> float | None:

@@ -10,6 +10,7 @@ import pytest
 
 from configs import unimiss_plus
 from tests.e2e import tiny
+from tests.methods import test_joint
 from unimiss_jax import sharding, train
 
 XRAY = {'loss.recon_xray': 0., 'phases.ct': 0}      # X-rays alone, nothing is rebuilt: both compile quickly
@@ -88,6 +89,18 @@ def test_the_runs_below_are_healthy_where_nothing_is_provoked(leaves, tmp_path, 
 def test_what_is_provoked_is_named_first(leaves, disease, tmp_path, caplog):
   told = run(tmp_path, caplog, **leaves)
   assert told.startswith(f'HEALTH step {leaves["steps"]}: {disease}: xray: '), told
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('standardize, told', [(True, 'healthy'), (False, 'clusters at chance: intra: ')])
+def test_codes_of_projections_that_are_not_standardised(standardize, told, tmp_path, caplog):
+  caplog.set_level(logging.INFO)
+  c = tiny.changed(test_joint.tiny('swav2d'), {
+      'head.batch_standardize': standardize, 'steps': 120, 'data.phantom_records': 32, 'batch.xray': 8, 'log.every': 1,
+      'log.health_every': 20})
+  assert train.train_and_evaluate(c, str(tmp_path)) == 0
+  late = verdicts(caplog)[-2:]
+  assert all(told in t for t in late), late
 
 
 @pytest.mark.slow
