@@ -73,7 +73,7 @@ def reference_leaves() -> dict:
   return {leaf: theirs for leaf, (_, _, theirs) in TABLE.items() if leaf != 'epochs'}
 
 
-def test_a_constant_crop():
+def test_a_constant_crop(tmp_path):
   """Default: a target of zeros. Reference: 0 / 0, and the run ends with a message at the first such step."""
   off = {f'loss.{k}': 0. for k in ('ct', 'drr', 'slice', 'xray', 'recon_drr', 'recon_xray', 'nce', 'pair_nce')}
   small = dict(off, **{'loss.recon_ct': 1., 'phases.xray': 0, 'model.decoder_drop_path': 0.})
@@ -92,6 +92,7 @@ def test_a_constant_crop():
   np.testing.assert_allclose(ours, zero_target, rtol=1e-5)
 
   run = types.SimpleNamespace(config=unimiss_plus.get_config('reference'), main=False,
+                              mirror=types.SimpleNamespace(local=str(tmp_path)),
                               state=types.SimpleNamespace(params=params),
                               checkpoints=types.SimpleNamespace(steps=lambda: []))
   with pytest.raises(train.TrainError, match='step 7 ct: 1 steps in a row were not finite'):
