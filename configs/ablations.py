@@ -50,6 +50,15 @@ def ladder(start: dict, terms: dict, out=(), **entry) -> dict:
   return grid(rows, 'start', common=common, **entry) | {'against': against}
 
 
+def left_out(start: dict, terms: dict, out=(), **entry) -> dict:
+  """An entry whose base row `recipe` has `start` and all terms but those of `out`; `start` has none, and in each other
+  row one of them is as in `start`."""
+  kept = {name: leaves for name, leaves in terms.items() if name not in out}
+  recipe = start | {k: v for leaves in kept.values() for k, v in leaves.items()}
+  rows = {f'no_{name}': {k: start[k] for k in leaves} for name, leaves in kept.items()}
+  return grid({'start': start} | rows, 'recipe', common=entry.pop('common', {}) | recipe, **entry)
+
+
 # From the objective and the trunk of the released code to a recipe, term by term, at the sizes of preset phantom.
 RELEASED = only(ct=1., drr=.5, xray=1.) | {
     'head.out_dim': 128, 'head.batch_standardize': False, 'model.init': 'released', 'model.final_norm': False,
@@ -63,10 +72,16 @@ TERMS = {
     'masked_input': {'extra_loss.mask_ratio': (.1, .6), 'extra_loss.mask_block': (4, 16, 16)},
     'both_in_a_step': {'phases.unit': 'joint', 'steps': 152, 'optim.warmup_epochs': .16},
     'distillation_by_sinkhorn': {'loss.ct': 1., 'loss.drr': .5, 'loss.xray': 1., 'extra_loss.sinkhorn': 3},
+    'simdino': {'loss.ct': 1., 'loss.drr': .5, 'loss.xray': 1., 'extra_loss.coding_rate': .5},
+    'tokens_do_not_decay': {'optim.decay_exclude': 'tokens'},
+    'paired_window': {'drr.scope': 'subvolume', 'drr.paired_window': True},
 }
-FALLEN = 'koleo', 'masked_input', 'both_in_a_step', 'distillation_by_sinkhorn'      # see docs/experiments.md
+CLIMB = {'steps': 304, 'optim.warmup_epochs': .32, 'eval.every': 0}
+FALLEN = ('koleo', 'masked_input', 'both_in_a_step', 'distillation_by_sinkhorn', 'simdino', 'tokens_do_not_decay',
+          'paired_window')      # see docs/experiments.md
 GRIDS = {
-    'base': ladder(RELEASED, TERMS, FALLEN, common={'steps': 304, 'optim.warmup_epochs': .32, 'eval.every': 0}),
+    'base': ladder(RELEASED, TERMS, FALLEN, common=CLIMB),
+    'base_held_out': left_out(RELEASED, TERMS, FALLEN, common=CLIMB, seeds=(3, 4, 5)),
     'core': grid({
         'no_drr': {'loss.drr': 0., 'loss.recon_drr': 0., 'loss.pair_nce': 0.},
         'no_slices': {'loss.slice': 0.},

@@ -29,6 +29,7 @@ def base() -> ConfigDict:
       modality='ct',              # ct: values must be HU | mr, other: z-scores of each scan; then there are no DRR
       sequences='',               # mr, other: ends of the names of files of one scan, its channels: '_t1,_flair'; see
                                   # data_pipelines/sequences.py; '' = every file is a scan. Prepared sets know theirs
+      tile=24,                    # slices of a record cut from a scan; 0 = whole scans. Prepared sets keep their own
       phantom_records=768,        # phantoms per stream, where data.ct or data.xray is '' and no manifest is named
       views_per_read=1,           # pairs of views drawn from one read of a record, one after the other
       place='host',               # host | device: where crop, augmentation and DRR are computed. device: records and
@@ -42,7 +43,8 @@ def base() -> ConfigDict:
   c.views = ConfigDict(dict(
       ct=dict(
           size=(16, 96, 96),
-          extent='output',        # crop factor times: output = size (depth: whole slices) | record = its own shape
+          extent='output',        # crop factor times: output = size (depth: whole slices) | record = its own shape;
+                                  # centre = the central `size` voxels, filled up with pad_hu
           precrop=(1.4, 1.8),     # extent=output: both views come from one block of size * U; (0, 0) = off
           scale=(0.8, 1.2),       # crop factor per axis (extent=output: in-plane only)
           resize='linear',        # linear (half-pixel, no antialias) | area (exact box mean)

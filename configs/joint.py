@@ -41,6 +41,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
     shares = EPOCHS
   if preset == 'reference':
     c.joint.inter.update(dict(axis='feature', sampler='collapse'))
+    c.data.tile = 0
     c.joint.update(dict(mask_loss='released', standardize_volumes=False, image_queue=0, volume_queue=0))
   if given['model'] not in ('', 'resnet50'):
     raise ValueError(f'model={given["model"]} unknown: use resnet50')
@@ -66,7 +67,8 @@ def paper(c: ConfigDict, objective: str, schedule: str) -> None:
   c.model = common.resnet()
   c.model.remat = 'blocks'
   c.head.update(dict(out_dim=3000, hidden_dim=2048, bottleneck_dim=128))
-  c.views.ct.update(dict(size=(64, 128, 128)))
+  c.data.tile = 64                # records; those of the released code are whole volumes, cut or filled up to this
+  c.views.ct.update(dict(size=(64, 128, 128), extent='centre'))
   c.views.xray.update(dict(size=224, scale=(0.14, 1.0) if swav else (0.08, 1.0), resize='bicubic'))
   c.joint.update(dict(width=640, prototypes=3000, image_clusters=(3000,) * 3, volume_clusters=(4,) * 3,
                       freeze_prototypes=313, image_queue=3840, volume_queue=3000,

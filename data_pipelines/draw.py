@@ -48,6 +48,8 @@ def ct_pair(rng, config, shape, spacing_mm, whole_shape=None, whole_spacing_mm=N
 
 def reach(cfg, shape) -> tuple:
   """How many voxels per axis both CT views of a volume of this shape span together, at most; cfg: views.ct."""
+  if cfg.extent == 'centre':
+    return tuple(np.minimum(cfg.size, shape).tolist())
   if cfg.extent == 'record' or not any(cfg.precrop):
     return tuple(shape)
   block = [max(n, int(n * cfg.precrop[1])) for n in cfg.size[1:]]
@@ -178,8 +180,10 @@ def _boxes(rng, cfg, shape) -> dict:
     start = corner + rng.integers(0, block - size + 1)
     depth = rng.integers(0, shape[0] + lack[0] - out[0] + 1, 2) - lack[0] // 2
     start, size = np.column_stack([depth, start]), np.column_stack([np.full(2, out[0]), size])
+  elif cfg.extent == 'centre':
+    start, size = np.tile(-((out - shape) // 2), (2, 1)), np.tile(out, (2, 1))
   else:
-    raise ValueError(f'views.ct.extent "{cfg.extent}" unknown: use output or record')
+    raise ValueError(f'views.ct.extent "{cfg.extent}" unknown: use output, record or centre')
   return dict(box_start=start.astype(np.float32), box_size=size.astype(np.float32))
 
 

@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from data_pipelines import cases, draw, files, manifest, phantom, readers, sample, sources, streams, studies
+from data_pipelines import cases, draw, files, labelled, manifest, phantom, readers, sample, sources, streams, studies
 from data_pipelines.errors import DataError
 
 HU_WINDOW, Z_WINDOW = (-1., 1.), (-2., 3.)      # of HU / 1024; of z-scores
@@ -37,7 +37,9 @@ def build(config):
       return None
   if 'unimedi' in config:
     made = studies.tests(config, config.eval.records)
-    return EvalSet(made['views'], {}, {}, False, 'phantom studies', made)
+    labels = {s: dict(zip(made['named'], made['attributes'][of].T)) for s, of in made['labels'].items()}
+    fit = dict.fromkeys(labels, np.arange(config.eval.records) < config.eval.fit)
+    return EvalSet(made['views'], labels, fit, False, 'phantom studies', made)
   if config.eval.knn:
     return _from_manifest(config)
   if config.data.modality == 'ct' or config.phases.xray:
@@ -45,6 +47,14 @@ def build(config):
   files.say(f'no scores: phantoms are CT and X-ray, this run is data.modality={config.data.modality}. FIX: eval.knn='
             'a labelled manifest.jsonl')
   return None
+
+
+def of_cases(of: cases.Cases, n: int) -> EvalSet:
+  """The centre views of up to n cases of a task, spread over them; labels of a classification."""
+  records = [of.record(i) for i in np.unique(np.linspace(0, len(of) - 1, n).astype(int))]
+  labels = np.stack([r.get('label', ()) for r in records], 1)
+  labels = dict(zip(of.classes, np.where(labels == labelled.UNKNOWN, np.nan, labels)))
+  return EvalSet({of.stream: np.stack([of.plain(r)[None] for r in records])}, {of.stream: labels}, {}, False, of.name)
 
 
 def centre_ct(record, config) -> dict:

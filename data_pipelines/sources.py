@@ -292,7 +292,7 @@ class _Folder:
 
 
 class CTFolder(_Folder):
-  """24-slice tiles of the scans (NIfTI, DICOM series) of a folder. Every scan is decoded once at the start.
+  """Tiles of the scans (NIfTI, DICOM series) of a folder. Every scan is decoded once at the start.
 
   Args:
     spec: folder or glob pattern, several of them separated by commas.
@@ -302,6 +302,7 @@ class CTFolder(_Folder):
     on_bad_file: 'skip' (one line per bad file) or 'stop' (DataError).
     cache_bytes: of decoded scans kept in memory.
     rows: of the manifest at `spec`: the files that they name, in their order, instead of all that lie there.
+    tile: slices of a record; 0 = whole scans.
 
   Raises:
     DataError: EMPTY_DIR, or the fault of the first bad file with on_bad_file='stop'.
@@ -309,8 +310,8 @@ class CTFolder(_Folder):
   leaf, kind = 'data.ct', 'volume'
 
   def __init__(self, spec, *, modality='ct', sequences=(), whole=False, on_bad_file='skip', cache_bytes=CACHE_BYTES,
-               rows=None):
-    self.modality, self.sequences, self.whole = modality, sequences, whole
+               rows=None, tile=tiles.TILE):
+    self.modality, self.sequences, self.whole, self.tile = modality, sequences, whole, tile
     self.depth = {}
     super().__init__(spec, on_bad_file, cache_bytes, rows)
 
@@ -319,7 +320,7 @@ class CTFolder(_Folder):
     return sequences.of_items(found, self.sequences) if self.sequences else found
 
   def decode(self, item) -> tiles.Scan:
-    scan = tiles.read(item, self.modality, self.whole)
+    scan = tiles.read(item, self.modality, self.whole, tile=self.tile)
     depth, now = self.depth.setdefault(item.path, scan.volume.shape[-3]), scan.volume.shape[-3]
     if depth != now:
       raise DataError('CHANGED', item.path, f'has {now} slices, had {depth} at the start',
@@ -328,12 +329,13 @@ class CTFolder(_Folder):
 
   def check(self, item, row):
     scan = self.decoded(item, row)
-    shape = (tiles.TILE, *scan.volume.shape[-2:])
+    depth, *plane = scan.volume.shape[-3:]
+    shape = (self.tile or depth, *plane)
     self.sizes.append({'volume': shape} | ({'whole': scan.whole.shape} if self.whole else {}))
-    return tiles.starts(scan.volume.shape[-3]), scan.warnings
+    return tiles.starts(depth, self.tile), scan.warnings
 
   def record(self, scan: tiles.Scan, start: int) -> dict:
-    return tiles.cut(scan, start)
+    return tiles.cut(scan, start, self.tile)
 
 
 class XrayFolder(_Folder):
@@ -369,9 +371,10 @@ def _named(rows, kind: str) -> tuple[readers.Found, list[dict]]:
 def one_ct(item, config) -> dict:
   """The middle tile of one scan (readers.Item, or a path) as a record, for evaluation. Raises DataError."""
   item = item if isinstance(item, readers.Item) else readers.item(item, 'volume')
-  scan = tiles.read(item, config.data.modality, needs_whole(config))
-  middle = (scan.volume.shape[-3] - tiles.TILE) // 2
-  return tiles.cut(scan, middle) | {'index': 0, 'name': os.path.basename(item.path), 'bad': False}
+  tile = config.data.tile
+  scan = tiles.read(item, config.data.modality, needs_whole(config), tile=tile)
+  middle = (scan.volume.shape[-3] - tile) // 2
+  return tiles.cut(scan, middle, tile) | {'index': 0, 'name': os.path.basename(item.path), 'bad': False}
 
 
 def needs_whole(config) -> bool:

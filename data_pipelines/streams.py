@@ -233,7 +233,7 @@ def _source(name: str, config, listed=None):
     return (sources.PhantomCT(config.seed, data.phantom_records, whole=whole) if name == 'ct' else
             sources.PhantomXray(config.seed, data.phantom_records))
   more = {'ct': {'whole': whole, 'modality': data.modality}, 'xray': {}}[name] | {'on_bad_file': data.on_bad_file}
-  scans = functools.partial(sources.CTFolder, sequences=sequences.parse(data.sequences))
+  scans = functools.partial(sources.CTFolder, sequences=sequences.parse(data.sequences), tile=data.tile)
   folder = {'ct': scans, 'xray': sources.XrayFolder}[name]
   shards = {'ct': prepared.PreparedCT, 'xray': prepared.PreparedXray}[name]
   if listed:

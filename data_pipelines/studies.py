@@ -209,7 +209,8 @@ def tests(config, n: int) -> dict:
 
   Returns:
     {'views': {stream: [n, 1, ...]}, 'labels': {stream: [n]}, 'planes': [n, 2] that hold the lesion,
-    'reports': {'ids' [32, T], 'mask' [32, T]} one of each class, in order, 'attributes': [32, 10] of 0 and 1}.
+    'reports': {'ids' [32, T], 'mask' [32, T]} one of each class, in order, 'attributes': [32, 10] of 0 and 1,
+    'named': [10] what those are}.
   """
   tokenizer = vocabulary(config, config.unimedi.text.length)
   of = {s: Phantoms(s, config.seed, n, tokenizer, TEST_REPORTS) for s in KINDS}
@@ -218,5 +219,6 @@ def tests(config, n: int) -> dict:
   return {'views': {s: np.stack([centre(s, p[i], config) for i in range(n)]) for s, p in of.items()},
           'labels': {s: np.array([m.label for m in ms]) for s, ms in made.items()},
           'attributes': np.array([world.attributes(c) for c in range(world.CLASSES)]),
+          'named': (*world.SHAPES, *world.QUADRANTS, *world.SIZES),
           'planes': np.array([m.planes for m in made['ct']]),
           'reports': {'ids': np.stack([ids for ids, _ in said]), 'mask': np.stack([mask for _, mask in said])}}

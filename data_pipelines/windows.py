@@ -2,8 +2,8 @@
 
 extent='output': training cuts boxes of the view's size anywhere from a scan; here as few of them as cover it, spread
 evenly. extent='record': training shrinks whole records; here every record that training would cut from the scan: tiles
-of 24 slices, each beginning half a tile after the other. What is mostly air says nothing of the patient (limit chosen
-by us).
+of 24 slices, each beginning half a tile after the other. extent='centre': as 'output'. What is mostly air says nothing
+of the patient (limit chosen by us).
 """
 import itertools
 from typing import NamedTuple

@@ -37,6 +37,7 @@ LEAVES = [
     ({'batch.ct': 0}, r'batch.ct=0: must be at least 1, or set phases.ct=0'),
     ({'drr.kind': 'siddon'}, r'drr.kind="siddon" unknown: use one of box, linear'),
     ({'optim.accum': 0}, r'optim.accum=0: must be at least 1'),
+    ({'data.tile': 15}, r'data.tile=15: an even number from 16, or 0 for whole scans'),
     ({'log.watchdog_min': -1.}, r'log.watchdog_min=-1.0: must be at least 0'),
     ({'eval.fit': 24}, r'eval.fit=24: must lie between 0 and eval.records=24'),
     ({'eval.records': 2_000_000}, r'eval.records=2000000: at most 1000000'),

@@ -18,7 +18,7 @@ CHOICES = {
     'data.on_bad_file': ('skip', 'stop'),
     'data.place': ('host', 'device'),
     'model.remat': REMAT,
-    'views.ct.extent': ('output', 'record'),
+    'views.ct.extent': ('output', 'record', 'centre'),
     'views.ct.resize': ('linear', 'area'),
     'views.ct.aug_unit': ('slice', 'volume'),
     'views.ct.gamma_stats': ('fixed', 'bg0197'),
@@ -53,6 +53,7 @@ STREAMS = ('ct', 'xray')
 TASKS = ('knn', 'retrieval', 'cls', 'seg', 'studies')
 DRR_LOSSES = ('drr', 'recon_drr', 'pair_nce')
 SLICE_LOSSES = ('slice', 'slice_slice', 'ct_slice')
+LEAST_SLICES = 16             # as data_pipelines.judgement.LEAST
 MOST_LEANING = 25.            # degrees: with it, and the window's place, a beam still runs along the axis of its view
 MOST_PHANTOMS = 1_000_000     # of the range that is kept for development
 PAIRS = ('precrop', 'scale', 'noise_std', 'blur_sigma', 'blur_p', 'blur_unit_p', 'mul', 'mul_p', 'add_p', 'add_unit_p',
@@ -114,6 +115,8 @@ def validate(config) -> None:
                'optim.warmup_epochs', 'eval.patience', 'task.epoch_steps'):
     if has(config, path) and leaf(config, path) < 0:
       raise ConfigError(f'{path}={leaf(config, path)}: must be at least 0')
+  if (tile := config.data.tile) % 2 or 0 != tile < LEAST_SLICES:
+    raise ConfigError(f'data.tile={tile}: an even number from {LEAST_SLICES}, or 0 for whole scans')
   if unknown := set(config.eval.tasks) - set(TASKS):
     raise ConfigError(f'eval.tasks: "{min(unknown)}" unknown: use some of {", ".join(TASKS)}')
   if config.eval.records > MOST_PHANTOMS:

@@ -4,6 +4,7 @@ import pytest
 
 from configs.common import base
 from data_pipelines import draw
+from unimiss_jax.views import volume
 
 N = 10_000
 SHAPE, SPACING = (24, 250, 250), (1., 1., 1.)
@@ -176,14 +177,27 @@ def test_thin_fields_take_the_largest_central_window():
   np.testing.assert_allclose(drr['center_mm'], 0, atol=1e-9)
 
 
-@pytest.mark.parametrize('extent', ('output', 'record'))
+def test_the_central_voxels_as_they_are():
+  """Cut where there are more, filled up where there are fewer, as NumPy does it."""
+  config, truth = base(), np.random.default_rng(0).integers(-1024, 3000, (11, 60, 130)).astype(np.int16)
+  config.views.ct.extent = 'centre'
+  expected = np.pad(truth[..., 17:113], ((2, 3), (18, 18), (0, 0)), constant_values=-1024) / 1024
+  for params in (draw.ct_pair(np.random.default_rng(1), config, truth.shape, SPACING),
+                 draw.ct_centre(config, truth.shape, SPACING)):
+    for start, size in zip(params['ct']['box_start'], params['ct']['box_size']):
+      got = volume.crop_resize(truth, start, size, np.zeros(3, bool), (16, 96, 96), 'linear', -1024)
+      np.testing.assert_array_equal(got, expected.astype(np.float32))
+  assert draw.reach(config.views.ct, truth.shape) == (11, 60, 96)
+
+
+@pytest.mark.parametrize('extent', ('output', 'record', 'centre'))
 def test_centre_views_have_the_same_fields(extent):
   config = base()
   config.views.ct.extent = extent
   layout = lambda groups: {g: {k: (v.shape[1:], v.dtype) for k, v in d.items()} for g, d in groups.items()}
   centre = draw.ct_centre(config, SHAPE, SPACING)
   assert layout(centre) == layout(draw.ct_pair(np.random.default_rng(0), config, SHAPE, SPACING))
-  box = (4, 77, 77, 16, 96, 96) if extent == 'output' else (0, 0, 0, *SHAPE)
+  box = (4, 77, 77, 16, 96, 96) if extent != 'record' else (0, 0, 0, *SHAPE)
   np.testing.assert_array_equal(np.ravel([centre['ct']['box_start'], centre['ct']['box_size']]), box)
   centre = draw.xray_centre(config, (300, 200))
   assert layout(centre) == layout(draw.xray_pair(np.random.default_rng(0), config, (300, 200)))
@@ -201,7 +215,7 @@ def test_the_generator_decides_alone():
 
 @pytest.mark.parametrize('change, message', [
     ({'drr.scope': 'volume'}, 'no whole scan'), ({'drr.scope': 'patient'}, 'subvolume or volume'),
-    ({'drr.view': 'oblique'}, 'axial, ap'), ({'views.ct.extent': 'box'}, 'output or record')])
+    ({'drr.view': 'oblique'}, 'axial, ap'), ({'views.ct.extent': 'box'}, 'output, record or centre')])
 def test_refusals(change, message):
   config = base()
   config.update_from_flattened_dict(change)

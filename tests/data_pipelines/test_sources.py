@@ -56,6 +56,18 @@ def test_records_are_tiles_of_the_file(folder, capsys):
   assert capsys.readouterr().err == 'data.ct: 3 files, 3 usable, 5 records\n'
 
 
+@pytest.mark.parametrize('tile, parts', [(32, [(0, 0), (1, 0), (1, 4), (2, 0)]), (0, [(0, 0), (1, 0), (2, 0)])])
+def test_records_of_other_tiles(folder, tile, parts):
+  source = sources.CTFolder(str(folder), tile=tile)
+  assert len(source) == len(parts)
+  for i, (case, start) in enumerate(parts):
+    depth = (24, 36, 30)[case]
+    lack = max(0, tile - depth)
+    truth = np.pad(ct(depth, case), ((lack // 2, lack - lack // 2), (0, 0), (0, 0)), constant_values=-1024)
+    np.testing.assert_array_equal(source[i]['volume'], truth[start:start + (tile or depth)])
+  assert source.largest == {'volume': (tile or 36, 40, 40)}
+
+
 def truth_reduced(volume):    # 2 mm -> 40 * 2 / 27 mm: exact box means by fine replication
   fine = volume.repeat(27, 1).repeat(27, 2).reshape(len(volume), 27, 40, 27, 40)
   return fine.mean((2, 4))

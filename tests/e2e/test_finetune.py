@@ -8,6 +8,7 @@ import pytest
 from tests.e2e import tiny
 from unimiss_jax import checkpoint, train, weights
 from unimiss_jax.checkpoint import Checkpoints
+from unimiss_jax.cli import report
 from unimiss_jax.methods import base
 from unimiss_jax.mirror import Mirror
 from unimiss_jax.processes import StopSignal
@@ -102,6 +103,10 @@ def test_the_other_tasks_run_to_their_end(preset, pretrained, tmp_path):
   config = tiny.task(preset, init_from=str(pretrained), **{'eval.save': True, 'task.phantoms': (8, 2, 3), 'steps': 4})
   assert train.train_and_evaluate(config, str(tmp_path)) == 0
   found = json.loads((tmp_path / 'eval' / 'test.json').read_text())
+  assert report.main([f'--workdir={tmp_path}']) == 0
+  page = (tmp_path / 'report' / 'index.html').read_text()
+  what = 'Dense features of a volume: axial slices' if config.phases.ct else 'Attention and dense features: xray'
+  assert what in page and 'Embeddings by label' in page and 'not shown (' not in page
   if preset == 'phantom_cls2d':
     assert 'auroc' in found['scores']
     return

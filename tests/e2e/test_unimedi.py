@@ -11,6 +11,7 @@ import pytest
 from configs import unimedi
 from tests.e2e import tiny
 from unimiss_jax import train
+from unimiss_jax.cli import report
 from unimiss_jax.writers import Writer
 
 pytestmark = pytest.mark.slow
@@ -76,6 +77,9 @@ def test_what_phantoms_teach(shuffled, tmp_path):
   c = tiny.changed(unimedi.get_config('phantom').unlock(), {
       'mesh.data': 1, 'mesh.fsdp': jax.device_count(), 'unimedi.shuffle_reports': shuffled, 'eval.every': 0})
   assert train.train_and_evaluate(c, str(tmp_path)) == 0
+  assert report.main([f'--workdir={tmp_path}']) == 0
+  page = (tmp_path / 'report' / 'index.html').read_text()
+  assert 'Nearest neighbours: xray to ct' in page and '"ring"' in page and 'not shown (' not in page
   rows = tiny.metrics(tmp_path)
   start, end = rows[0, 'eval'], rows[300, 'eval']
   found = [end[f'eval/{n}_r1'] for n in ('xray_to_text', 'ct_to_text', 'xray_to_ct')]

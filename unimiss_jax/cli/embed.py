@@ -172,9 +172,10 @@ def _how(found, about, modality, sequences, frame, spacing_mm, tile):
 
   from data_pipelines import inference, tiles
   volume, image = (ConfigDict(about['views'][kind]) if kind in about['views'] else None for kind in ('volume', 'image'))
+  cut = volume.get('tile', tiles.TILE) if volume else tiles.TILE      # exported before it was recorded: the only one
   used = {'modality': modality or (volume.modality if volume else 'ct'),
           'spacing_mm': spacing_mm or tuple(volume.spacing_mm if volume else (0., 0., 0.)),
-          'tile': tiles.TILE if tile is None else tile, 'frame': frame, 'channels': about['arch']['in_channels'][1]}
+          'tile': cut if tile is None else tile, 'frame': frame, 'channels': about['arch']['in_channels'][1]}
   ends = together.parse((volume.sequences if volume else '') if sequences is None else sequences)
   about |= used | {'sequences': ends}
   known = [text for text, there in (('volumes', volume), ('images', image)) if there]

@@ -117,34 +117,38 @@ def chance_of(config, run) -> dict:
     return {}
 
 
-def method_of(config, run):
-  """The method of a run, of streams as long as they were."""
+def method_of(config, run, fields: dict | None = None):
+  """The method of a run, of streams as long as they were; fields: {field: (shape, dtype)} of a row, of a task."""
   from unimiss_jax import workdir
   from unimiss_jax.methods import base
   listed = workdir.records(run.folder)
   streams = [s for s in ('ct', 'xray') if config.phases.get(s) or s in listed]
-  return base.make(config, {s: (len(listed.get(s, ())) or config.data.phantom_records, {}) for s in streams})
+  return base.make(config, {s: (len(listed.get(s, ())) or config.data.phantom_records, fields or {}) for s in streams})
 
 
 def seen(run, config, records: int, branch: str) -> tuple:
   """(figures, notes): what the newest checkpoint sees in the evaluation set; the notes say what lacks."""
   from data_pipelines import evalset
+  from data_pipelines.files import DataError
   from unimiss_jax import weights
   from unimiss_jax.checkpoint import CheckpointError
   from unimiss_jax.report import insight
   try:
-    if 'task' in config or 'unimedi' in config:
-      return (), [f'What the network sees is not shown for method {config.method}.']
     distils = 'collapse/teacher_entropy' in {k for r in run.rows for k in r}
-    found = weights.read(run.folder, branch or ('teacher' if distils else 'student'))
-  except (CheckpointError, ValueError, OSError) as e:
+    reads = 'unimedi' in config      # its teacher has no text tower, and chooses the planes that the student is shown
+    found = weights.read(run.folder, branch or ('teacher' if distils and not reads else 'student'))
+    teacher = weights.read(run.folder, 'teacher').params if reads else None
+    config.eval.records = min(records, config.eval.records)
+    config.eval.fit = config.eval.records // 2
+    tests, fields = evalset.build(config), {}
+  except (CheckpointError, DataError, ValueError, OSError) as e:
     return (), [f'What the network sees is not shown: {e}']
-  config.eval.records = min(records, config.eval.records)
-  config.eval.fit = config.eval.records // 2
-  tests = evalset.build(config)
   if tests is None:
     return (), ['What the network sees is not shown: there is no evaluation set.']
-  return insight.figures_of(found, method_of(config, run), config, tests)
+  if 'task' in config:
+    fields = {k: ((len(tests.classes),), 'float32') for k in ('label', 'mask')}
+    tests = evalset.of_cases(tests, records)
+  return insight.figures_of(found, method_of(config, run, fields), config, tests, teacher)
 
 
 if __name__ == '__main__':

@@ -13,7 +13,7 @@ UNKNOWN = 'not recorded in the file that the weights came from'
 NO_TASK = {'clip': (0., 0.), 'normalise': (0., 0.), 'spacing_mm': (0., 0., 0.)}      # a run that is not fine-tuning
 # views.ct and views.xray of preset `plain`, for weights that do not say what they were trained on.
 PLAIN = {'volume': {'size': (16, 96, 96), 'extent': 'output', 'resize': 'linear', 'pad_hu': -1024, 'record': 'tile',
-                    'modality': 'ct', 'sequences': '', **NO_TASK},
+                    'tile': 24, 'modality': 'ct', 'sequences': '', **NO_TASK},
          'image': {'size': 96, 'ratio': (3 / 4, 4 / 3), 'resize': 'bicubic', 'clip': (0., 0.), 'normalise': (0., 0.)}}
 LOSSES_2D = 'drr', 'recon_drr', 'pair_nce', 'slice', 'slice_slice', 'ct_slice'      # of CT, that look at images
 LOSSES = ('ct', 'drr', 'slice', 'slice_slice', 'ct_slice', 'xray', 'recon_ct', 'recon_drr', 'recon_xray', 'nce',
@@ -68,7 +68,7 @@ def contract(config: dict) -> dict:
         'size': list(model.get('volume_size', views['ct']['size'])),
         'crop': _ct_crop(views['ct'], record),
         'view': {k: views['ct'][k] for k in ('size', 'extent', 'resize', 'pad_hu')} | common | {
-            'record': record, 'modality': data['modality'],
+            'record': record, 'tile': data.get('tile', 24), 'modality': data['modality'],
             'sequences': data.get('sequences', ''), 'spacing_mm': task['spacing_mm']}}
   if config['phases']['xray'] or config['phases']['ct'] and any(map(config.get('loss', {}).get, LOSSES_2D)):
     of = views['xray' if config['phases']['xray'] else 'drr']
@@ -135,6 +135,8 @@ def _ct_crop(views, record: str) -> str:
   low, high = views['scale']
   if views['extent'] == 'record':
     return f'{low:g} to {high:g} of the {record} along each axis, resized to {" x ".join(map(str, views["size"]))}'
+  if views['extent'] == 'centre':
+    return f'the central {" x ".join(map(str, views["size"]))} voxels, filled up where there are fewer'
   return f'{views["size"][0]} slices; in-plane {low:g} to {high:g} times {views["size"][1]} voxels, resized to that'
 
 

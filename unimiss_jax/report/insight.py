@@ -11,6 +11,7 @@ from PIL import Image, ImageDraw
 
 from unimiss_jax import models
 from unimiss_jax.evals.knn import unit
+from unimiss_jax.models.slices import middles
 from unimiss_jax.porting import arch as architectures
 from unimiss_jax.report import figures, sheets
 from unimiss_jax.report.figures import Map, Picture
@@ -24,7 +25,7 @@ SHAPES = 'circles', 'squares', 'triangles'
 OWN, OTHER = (60, 200, 100), (90, 90, 90)      # frames around the own patient and around others
 
 
-def figures_of(found, method, config, tests) -> tuple[list, list]:
+def figures_of(found, method, config, tests, teacher: dict | None = None) -> tuple[list, list]:
   """(figures, notes): all that this network and this evaluation set allow; the notes say what lacks and why.
 
   Args:
@@ -32,6 +33,7 @@ def figures_of(found, method, config, tests) -> tuple[list, list]:
     method: methods.base.Method of the run.
     config: of the run.
     tests: data_pipelines.evalset.EvalSet.
+    teacher: its parameters, where the method's embeddings ask for them beside the student's.
   """
   views = {k: x[:, 0] for k, x in tests.views.items()}
   out, notes = [], [f'Network: {found.branch} of {found.source}; {tests.name}, '
@@ -44,9 +46,9 @@ def figures_of(found, method, config, tests) -> tuple[list, list]:
       notes.append(f'{what}: not shown ({type(e).__name__}: {" ".join(str(e).split())[:160]}).')
 
   embedded = {}
+  extra = {k: x for k, x in found.params.items() if k == 'batch_stats'} | ({'teacher': teacher} if teacher else {})
 
   def embed():
-    extra = {k: x for k, x in found.params.items() if k == 'batch_stats'}
     apply = jax.jit(lambda p, b: method.predict['embed'](p, extra, b))
     embedded.update({k: _batched(lambda b, k=k: apply(found.params, {k: b[:, None]})[k][:, 0], x)
                      for k, x in views.items()})
@@ -58,6 +60,11 @@ def figures_of(found, method, config, tests) -> tuple[list, list]:
     if 'project' in method.predict:
       space = {k: np.asarray(method.predict['project'](found.params, {}, {k: x[:, None]})[k][:, 0])
                for k, x in embedded.items()}
+    if 'planes' in method.predict and 'ct' in views:      # of a volume, the slice that the teacher looks at most
+      planes = jax.jit(lambda b: method.predict['planes'](found.params, extra, {'ct': b[:, None]})['ct'][:, 0, 0])
+      at = middles(_batched(planes, views['ct']), config.model.patch_depth)
+      return neighbours(space, views | {'ct': np.stack([x[[i]] for x, i in zip(views['ct'], at)])}, tests.paired,
+                        'axial')
     return neighbours(space, views, tests.paired, config.drr.view)
 
   attempt('map of embeddings', embed)
