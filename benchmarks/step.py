@@ -46,8 +46,9 @@ def ours(args, folder):
   made = setting.Ours(setting.config(args.preset, args.batch, args.dtype))
   batches = setting.batches(made.config)
   state = made.start()
-  np.savez(folder / 'weights.npz', **made.weights(state))
-  (folder / 'schedules.json').write_text(json.dumps(made.schedules()))
+  if args.name == 'ours':
+    np.savez(folder / 'weights.npz', **made.weights(state))
+    (folder / 'schedules.json').write_text(json.dumps(made.schedules()))
   compiled, costs, losses = {}, {}, {}
   for phase in args.phases:
     compiled[phase] = f = made.compile(phase, batches[phase], told=args.name == 'ours')
@@ -66,7 +67,7 @@ def ours(args, folder):
 
   for phase in args.phases:
     losses[phase] = {k[6:]: float(v) for k, v in run(phase).items() if k.endswith('loss')}
-  if args.trace:
+  if args.trace and args.name == 'ours':
     with jax.profiler.trace(args.trace):
       for phase in args.phases:
         run(phase)

@@ -44,7 +44,7 @@ def base() -> ConfigDict:
       ct=dict(
           size=(16, 96, 96),
           extent='output',        # crop factor times: output = size (depth: whole slices) | record = its own shape;
-                                  # centre = the central `size` voxels, filled up with pad_hu
+                                  # centre = the central `size` voxels, filled up
           precrop=(1.4, 1.8),     # extent=output: both views come from one block of size * U; (0, 0) = off
           scale=(0.8, 1.2),       # crop factor per axis (extent=output: in-plane only)
           resize='linear',        # linear (half-pixel, no antialias) | area (exact box mean)
@@ -72,7 +72,7 @@ def base() -> ConfigDict:
   ))
   c.drr = ConfigDict(dict(
       view='axial',               # axial | ap | pa | lateral
-      scope='subvolume',          # subvolume = the 24-slice tile | volume = the whole scan
+      scope='subvolume',          # subvolume = the record | volume = the whole scan
       kind='box',                 # box | linear | bspline
       mu='water',                 # water | bone_soft | minmax
       image='line',               # line | transmission | minmax | reference: cut from the released renderer's file

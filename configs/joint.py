@@ -8,8 +8,10 @@ presets
   joint           the same, all three terms in every step
   swav2d          the baseline at that size: the intra phase alone, nothing of volumes is built
   deepcluster2d   the same, of the other objective
-  plain           sizes and rates of the released code, ResNet-50, its defects mended; made for accelerators
-  reference       with its attention along features, its mask loss, no queue, and volumes not standardised
+  plain           sizes and rates of the released code, ResNet-50, its defects mended; made for accelerators. Volumes
+                  are not resized: the middle 128 x 128 of 64 slices; shards are made by prepare --tile=64
+  reference       with its attention along features, its mask loss, no queue, and volumes not standardised; the middle
+                  64 slices of a whole scan (prepare --tile=0)
 objective   swav | deepcluster; '' = that of the preset
 model       resnet50: a small one in place of MiT+ in the presets for phantoms; '' = that of the preset
 schedule    released = intra, mask, inter | no_mask | joint | baseline_2d = intra alone; '' = that of the preset

@@ -226,7 +226,7 @@ def _volume(sample: Sample, how: How) -> Seen:
 
 def _tile(how: How) -> int:
   """Slices of the records that a scan is cut into; boxes of the view's size need none."""
-  return how.tile if how.volume.extent == 'record' and how.volume.record == 'tile' else 0
+  return how.tile if how.volume.extent != 'output' and how.volume.record == 'tile' else 0
 
 
 def _read(sample: Sample, how: How) -> tiles.Scan:

@@ -84,6 +84,9 @@ class Stream:
     self._shard = shard_index, shard_count
     if not self.records:
       raise ValueError(f'data.{name} has no records')
+    if name == 'ct' and config.views.ct.extent == 'centre' and (depth := _depth(source)) < config.views.ct.size[0]:
+      files.say(f'data.ct: records have {depth} slices at most, views.ct.size={tuple(config.views.ct.size)} is filled '
+                f'up around them. FIX: data.tile={config.views.ct.size[0]}, of shards prepare --tile, or fewer slices')
     self._rows(self.batch)
     seed = np.random.SeedSequence([config.seed, zlib.crc32(name.encode())]).generate_state(1)[0]
     records = grain.MapDataset.source(source).seed(int(seed))
@@ -218,6 +221,11 @@ def _parse_flags() -> None:
   from absl import flags
   if not flags.FLAGS.is_parsed():
     flags.FLAGS.mark_as_parsed()
+
+
+def _depth(source) -> float:
+  """Slices of the largest record, infinite where the source does not know it."""
+  return getattr(source, 'largest', {}).get('volume', (np.inf,))[0]
 
 
 def _source(name: str, config, listed=None):

@@ -1,4 +1,4 @@
-"""A scan -> clipped HU or z-scores, judged fit for training -> overlapping tiles of 24 slices.
+"""A scan -> clipped HU or z-scores, judged fit for training -> overlapping tiles, 24 slices each by default.
 
 The tiling (24 slices, stride 12, last tile shifted back, central 80 % of wide planes) is that of the released
 code. Clipping to [-1024, 3071], z-scores (intensities.py) and the reduced copy of the whole scan are chosen by us.
@@ -23,8 +23,8 @@ class Scan(NamedTuple):
   """A decoded scan.
 
   Attributes:
-    volume: int16 [D, H, W] = [S, A, R] HU, D >= 24 (short scans lie in the middle of air), wide planes cut; of other
-      modalities than CT [C, D, H, W] of C sequences, stored as intensities.py says.
+    volume: int16 [D, H, W] = [S, A, R] HU, at least as deep as a tile (short scans lie in the middle of air), wide
+      planes cut; of other modalities than CT [C, D, H, W] of C sequences, stored as intensities.py says.
     spacing_mm: (z, y, x).
     whole, whole_spacing_mm: the complete scan, reduced to about 3 mm and at most 4 MB; or None.
     warnings: finished one-line texts.

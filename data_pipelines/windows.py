@@ -1,9 +1,9 @@
 """The boxes of a whole scan that an encoder is shown one by one: the views it was trained on, without their chance.
 
 extent='output': training cuts boxes of the view's size anywhere from a scan; here as few of them as cover it, spread
-evenly. extent='record': training shrinks whole records; here every record that training would cut from the scan: tiles
-of 24 slices, each beginning half a tile after the other. extent='centre': as 'output'. What is mostly air says nothing
-of the patient (limit chosen by us).
+evenly. extent='record': training shrinks whole records; here every record that training would cut from the scan: tiles,
+each beginning half a tile after the other; extent='centre': the middle of each. What is mostly air says nothing of the
+patient (limit chosen by us).
 """
 import itertools
 from typing import NamedTuple
@@ -30,10 +30,15 @@ def cover(shape, cfg, tile: int = tiles.TILE) -> list[Box]:
     cfg: the leaves views.ct (size, extent).
     tile: slices of a record; 0 = all.
   """
+  if cfg.extent == 'output':
+    axes = [spread(n, m, m) for n, m in zip(shape, cfg.size)]
+    return [Box(corner, tuple(cfg.size)) for corner in itertools.product(*axes)]
+  record = tile or shape[0], *shape[1:]
+  records = [Box((z, 0, 0), record) for z in tiles.starts(shape[0], tile)]
   if cfg.extent == 'record':
-    return [Box((z, 0, 0), (tile or shape[0], *shape[1:])) for z in tiles.starts(shape[0], tile)]
-  axes = [spread(n, m, m) for n, m in zip(shape, cfg.size)]
-  return [Box(corner, tuple(cfg.size)) for corner in itertools.product(*axes)]
+    return records
+  low = [-((m - n) // 2) for n, m in zip(record, cfg.size)]
+  return [Box((r.corner[0] + low[0], *low[1:]), tuple(cfg.size)) for r in records]
 
 
 def spread(length: int, window: int, stride: int) -> list[int]:

@@ -77,6 +77,18 @@ def test_a_ladder_keeps_what_has_not_fallen_out():
     sweep.check_rows('toy', again)
 
 
+def test_terms_are_left_out_one_by_one():
+  found = ablations.left_out({'loss.nce': 0., 'loss.ct': 0.}, {'a': {'loss.ct': 1.}, 'b': {'loss.ct': 2.}, 'c': {
+      'loss.nce': 1.}}, out=('b',), common={'steps': 4})
+  whole = {'steps': 4, 'loss.nce': 1., 'loss.ct': 1.}
+  assert found['base'] == 'recipe' and found['rows'] == {
+      'recipe': whole, 'start': {'steps': 4, 'loss.nce': 0., 'loss.ct': 0.}, 'no_a': whole | {'loss.ct': 0.},
+      'no_c': whole | {'loss.nce': 0.}}
+  ladder, held = ablations.GRIDS['base'], ablations.GRIDS['base_held_out']
+  last = [row for row in ladder['rows'] if row not in ablations.FALLEN + ablations.UNTRIED][-1]
+  assert held['rows']['recipe'] == ladder['rows'][last] and not set(held['seeds']) & set(ladder['seeds'])
+
+
 @pytest.mark.parametrize('grid, row', ROWS)
 def test_a_row_is_a_run(grid, row):
   c, method, _ = built(grid, row)

@@ -156,6 +156,20 @@ def test_records_and_radiographs_as_evaluation_sees_them(tmp_path, run, backbone
   assert got['path'].tolist() == [str(tmp_path / 'data' / name) for name in ('a.nii.gz', 'b.png')]
 
 
+def test_the_middle_of_each_tile(tmp_path, run, backbone):
+  """extent=centre: 32 slices begin every 16th; 16 x 64 x 64 voxels of each, cut from 70 rows, filled up from 60
+  columns; as evaluation sees such a record."""
+  config, hu = tiny.config(**{'views.ct.extent': 'centre', 'data.tile': 32}), scan((40, 70, 60))
+  write(tmp_path / 'data' / 'a.nii.gz', hu)
+  got = made(tmp_path, run(config), tmp_path / 'data', '--per_tile')
+  np.testing.assert_array_equal(got['corner'], [(z + 8, 3, -2) for z in (0, 8)])
+  filled = np.pad(hu[:, 3:67], ((0, 0), (0, 0), (2, 2)), constant_values=-1024)
+  want = backbone([np.float32(filled[z + 8:z + 24])[..., None] / 1024 for z in (0, 8)])
+  np.testing.assert_allclose(got['embedding'], want, rtol=0, atol=1e-5)
+  views = [evalset.centre_ct(tiles.cut(tiles.Scan(hu, MM, hu, MM, []), z, 32), config)['ct'][0] for z in (0, 8)]
+  np.testing.assert_allclose(backbone(views), want, rtol=0, atol=1e-5)
+
+
 def test_a_wide_plane_is_cut_as_in_training(tmp_path, run, backbone):
   """The central 80 % of 400 columns; a scan of 20 slices lies in the middle of air."""
   hu = scan((20, 40, 400))

@@ -97,6 +97,7 @@ CT = {
                'views.ct.precrop': (0., 0.), 'views.ct.pad_hu': 0, 'views.ct.pad_to': (24, 24)},
 }
 MORE = {
+    'centre': {'views.ct.extent': 'centre'},
     'tilted box': {'drr.tilt_deg': 15., 'drr.view': 'ap', 'drr.p_ref': 1.5},
     'tilted bspline': {'drr.tilt_deg': 15., 'drr.kind': 'bspline', 'drr.scope': 'volume', 'drr.image': 'minmax',
                        'views.drr.scale': (.1, .3)},      # off the rim, on which rounding says what a point ray meets

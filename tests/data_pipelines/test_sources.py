@@ -10,7 +10,7 @@ from etils import epath
 from PIL import Image
 
 from configs import common
-from data_pipelines import files, manifest, phantom, readers, sources, tiles
+from data_pipelines import files, manifest, phantom, readers, sources, streams, tiles
 from data_pipelines.errors import DataError
 
 
@@ -66,6 +66,19 @@ def test_records_of_other_tiles(folder, tile, parts):
     truth = np.pad(ct(depth, case), ((lack // 2, lack - lack // 2), (0, 0), (0, 0)), constant_values=-1024)
     np.testing.assert_array_equal(source[i]['volume'], truth[start:start + (tile or depth)])
   assert source.largest == {'volume': (tile or 36, 40, 40)}
+
+
+def test_records_that_are_shallower_than_their_view_are_told(folder, capsys):
+  config = common.base()
+  config.data.ct, config.batch.ct = str(folder), 2
+  config.views.ct.update(dict(extent='centre', size=(32, 16, 16)))
+  config.loss = dict(drr=0.)      # none are rendered
+  streams.build(config, ['ct'])['ct'].close()
+  assert ('data.ct: records have 24 slices at most, views.ct.size=(32, 16, 16) is filled up around them. FIX: '
+          'data.tile=32') in capsys.readouterr().err
+  config.data.tile = 0      # 24, 36 and 30 slices
+  streams.build(config, ['ct'])['ct'].close()
+  assert 'filled up' not in capsys.readouterr().err
 
 
 def truth_reduced(volume):    # 2 mm -> 40 * 2 / 27 mm: exact box means by fine replication

@@ -1,4 +1,4 @@
-"""Whole steps of Joint, all three terms at once, in float64: losses by a plain loop, on any number of devices."""
+"""Whole steps of Joint, all three terms at once, in float64: clustering by a plain loop; on any number of devices."""
 import jax
 import numpy as np
 import pytest
@@ -30,7 +30,7 @@ def batch(i):
 
 
 def run(devices):
-  """[(params before, metrics)] of the steps."""
+  """[(params before, metrics)] of the steps, and (params after them, {})."""
   c = config()
   method = base.make(c, RECORDS)
   optimiser = optim.of(c, method)
@@ -44,7 +44,7 @@ def run(devices):
     before = jax.device_get(state.params)
     state, metrics = f(state, sharding.to_devices(batch(i), mesh))
     out.append((before, {k: float(v) for k, v in metrics.items()}))
-  return out
+  return [*out, (jax.device_get(state.params), {})]
 
 
 @pytest.fixture(scope='module')
@@ -95,7 +95,7 @@ def test_losses_with_queues_and_small_crops(one):
     project = jax.jit(lambda p, x: head.apply({'params': p['head']}, x, method='project'))
     volumes = jax.jit(lambda p, x: method.predict['embed'](p, {}, {'ct': x})['ct'])
     former = {'intra': [], 'inter': []}
-    for i, (params, metrics) in enumerate(one):
+    for i, (params, metrics) in enumerate(one[:-1]):
       rows = batch(i)
       crops = [rows['xray'][n][:, k] for n in ('xray', 'local') for k in range(2)]
       z = {'intra': standardised(np.stack([np.asarray(project(params, encode(params, x))) for x in crops], 1)),
@@ -106,6 +106,7 @@ def test_losses_with_queues_and_small_crops(one):
         want = swapped(found, held, np.asarray(directions[term]['weight_v']).reshape(-1, found.shape[-1]).T, c)
         assert metrics[f'train/{term}_loss'] == pytest.approx(want, rel=1e-9), (i, term)
         former[term].append(found[:, :2])
+      assert metrics['train/loss'] == pytest.approx(sum(metrics[f'train/{t}_loss'] for t in ('mask', *z)), rel=1e-9)
 
 
 @pytest.mark.parametrize('devices', (2, 3, 4, 6))

@@ -27,7 +27,8 @@ def main(argv=None) -> int:
                  'report/compared.html of the first')
   p.add_argument('--no_model', action='store_true', help='leave out what needs the network')
   p.add_argument('--records', type=int, default=60, help='samples of the evaluation set that the network is shown')
-  p.add_argument('--branch', default='', choices=('', 'student', 'teacher'), help='"" = the teacher, if there is one')
+  p.add_argument('--branch', default='', choices=('', 'student', 'teacher'), help='"" = the teacher of a '
+                 'self-distillation, else the student')
   p.add_argument('--debug', action='store_true', help='show the traceback of an error')
   f = p.parse_args(argv)
   if f.records < 10:
@@ -129,7 +130,7 @@ def method_of(config, run, fields: dict | None = None):
 def seen(run, config, records: int, branch: str) -> tuple:
   """(figures, notes): what the newest checkpoint sees in the evaluation set; the notes say what lacks."""
   from data_pipelines import evalset
-  from data_pipelines.files import DataError
+  from data_pipelines.errors import DataError
   from unimiss_jax import weights
   from unimiss_jax.checkpoint import CheckpointError
   from unimiss_jax.report import insight
@@ -141,14 +142,15 @@ def seen(run, config, records: int, branch: str) -> tuple:
     config.eval.records = min(records, config.eval.records)
     config.eval.fit = config.eval.records // 2
     tests, fields = evalset.build(config), {}
-  except (CheckpointError, DataError, ValueError, OSError) as e:
+    if tests is None:
+      return (), ['What the network sees is not shown: there is no evaluation set.']
+    if 'task' in config:
+      fields = {k: ((len(tests.classes),), 'float32') for k in ('label', 'mask')}
+      tests = evalset.of_cases(tests, records)
+    method = method_of(config, run, fields)
+  except (CheckpointError, DataError, ValueError, AttributeError, OSError) as e:      # leaves of another time, too
     return (), [f'What the network sees is not shown: {e}']
-  if tests is None:
-    return (), ['What the network sees is not shown: there is no evaluation set.']
-  if 'task' in config:
-    fields = {k: ((len(tests.classes),), 'float32') for k in ('label', 'mask')}
-    tests = evalset.of_cases(tests, records)
-  return insight.figures_of(found, method_of(config, run, fields), config, tests, teacher)
+  return insight.figures_of(found, method, config, tests, teacher)
 
 
 if __name__ == '__main__':

@@ -136,7 +136,7 @@ def _ct_crop(views, record: str) -> str:
   if views['extent'] == 'record':
     return f'{low:g} to {high:g} of the {record} along each axis, resized to {" x ".join(map(str, views["size"]))}'
   if views['extent'] == 'centre':
-    return f'the central {" x ".join(map(str, views["size"]))} voxels, filled up where there are fewer'
+    return f'the central {" x ".join(map(str, views["size"]))} voxels of the {record}, filled up where there are fewer'
   return f'{views["size"][0]} slices; in-plane {low:g} to {high:g} times {views["size"][1]} voxels, resized to that'
 
 

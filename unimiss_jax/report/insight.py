@@ -49,8 +49,8 @@ def figures_of(found, method, config, tests, teacher: dict | None = None) -> tup
   extra = {k: x for k, x in found.params.items() if k == 'batch_stats'} | ({'teacher': teacher} if teacher else {})
 
   def embed():
-    apply = jax.jit(lambda p, b: method.predict['embed'](p, extra, b))
-    embedded.update({k: _batched(lambda b, k=k: apply(found.params, {k: b[:, None]})[k][:, 0], x)
+    apply = jax.jit(method.predict['embed'])
+    embedded.update({k: _batched(lambda b, k=k: apply(found.params, extra, {k: b[:, None]})[k][:, 0], x)
                      for k, x in views.items()})
     widths = dict.fromkeys(e.shape[1] for e in embedded.values())      # volumes may have a space of their own
     return [embedding_map({k: e for k, e in embedded.items() if e.shape[1] == w}, tests.labels) for w in widths]
@@ -60,11 +60,12 @@ def figures_of(found, method, config, tests, teacher: dict | None = None) -> tup
     if 'project' in method.predict:
       space = {k: np.asarray(method.predict['project'](found.params, {}, {k: x[:, None]})[k][:, 0])
                for k, x in embedded.items()}
-    if 'planes' in method.predict and 'ct' in views:      # of a volume, the slice that the teacher looks at most
-      planes = jax.jit(lambda b: method.predict['planes'](found.params, extra, {'ct': b[:, None]})['ct'][:, 0, 0])
-      at = middles(_batched(planes, views['ct']), config.model.patch_depth)
-      return neighbours(space, views | {'ct': np.stack([x[[i]] for x, i in zip(views['ct'], at)])}, tests.paired,
-                        'axial')
+    if 'planes' in method.predict and 'ct' in views:      # of a volume, the brightest of what the teacher chooses
+      planes = jax.jit(method.predict['planes'])
+      at = middles(_batched(lambda b: planes(found.params, extra, {'ct': b[:, None]})['ct'][:, 0], views['ct']),
+                   config.model.patch_depth)
+      chosen = np.stack([x[i].max(0, keepdims=True) for x, i in zip(views['ct'], at)])
+      return neighbours(space, views | {'ct': chosen}, tests.paired, 'axial')
     return neighbours(space, views, tests.paired, config.drr.view)
 
   attempt('map of embeddings', embed)
