@@ -10,6 +10,7 @@ import sys
 from absl import flags
 
 from data_pipelines.command import fail
+from data_pipelines.errors import DataError
 
 PROGRAM, SETTINGS = 'main.py', 'launch.env'
 START = f'set -a; . ./{SETTINGS}; set +a; exec "$@"'      # sh -c START - COMMAND: with the settings of the project
@@ -25,6 +26,27 @@ def parse(argv):
     return flags.FLAGS(argv)
   except (flags.Error, KeyError, AttributeError, TypeError, ValueError, OSError) as e:
     sys.exit(fail(reason(argv, e), 2))
+
+
+def run(work, debug: bool) -> int:
+  """Exit code of a command that prints what it logs.
+
+  Args:
+    work: does it and returns the code, None = 0. What it raises is told in one line.
+    debug: it is raised instead.
+  """
+  logging.basicConfig(level=logging.INFO, format='%(message)s', stream=sys.stdout, force=True)
+  for noisy in ('jax', 'absl', 'orbax'):
+    logging.getLogger(noisy).setLevel(logging.ERROR)
+  try:
+    return work() or 0
+  except Exception as e:
+    if debug:
+      raise
+    from unimiss_jax.checkpoint import CheckpointError  # late: a usage error should not wait for jax
+    from unimiss_jax.porting.errors import PortingError
+    known = isinstance(e, (CheckpointError, PortingError, DataError, OSError))
+    return fail(e if known else f'unforeseen {type(e).__name__}: {e}. --debug shows where', 1)
 
 
 def add_weights(p) -> None:

@@ -47,24 +47,17 @@ def main(argv=None) -> int:
     p.error(f'--out={f.out}: a name that ends in {" or ".join(SUFFIXES)}')
   if min(f.batch, f.workers) < 1:
     p.error(f'--batch={f.batch}, --workers={f.workers}: 1 or more')
-  logging.basicConfig(level=logging.INFO, format='%(message)s', stream=sys.stdout, force=True)
-  for noisy in ('jax', 'absl', 'orbax'):
-    logging.getLogger(noisy).setLevel(logging.ERROR)
-  from unimiss_jax.checkpoint import CheckpointError  # late: a usage error should not wait for jax
-  from unimiss_jax.porting.errors import PortingError
-  try:
+
+  def work():
     table = embed(f.ckpt, f.data, f.out, per_tile=f.per_tile, branch=f.branch, batch=f.batch, workers=f.workers,
                   modality=f.modality, sequences=f.sequences, frame=f.frame, spacing_mm=f.spacing, tile=f.tile,
                   allow=f.allow, in_chans=f.in_chans, arch=f.arch)
+    logging.info(table.summary())
+    return 0 if table.count('ok') else 1
+  try:
+    return arguments.run(work, f.debug)
   except KeyboardInterrupt:
     return fail('interrupted; nothing was written', 130)
-  except Exception as e:
-    if f.debug:
-      raise
-    said = isinstance(e, (CheckpointError, PortingError, DataError, OSError))
-    return fail(e if said else f'unforeseen {type(e).__name__}: {e}. --debug shows where', 1)
-  logging.info(table.summary())
-  return 0 if table.count('ok') else 1
 
 
 def _frame(text: str):

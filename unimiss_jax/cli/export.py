@@ -9,7 +9,7 @@ import tempfile
 
 from etils import epath
 
-from data_pipelines.command import Parser, fail
+from data_pipelines.command import Parser
 from unimiss_jax.cli import arguments, towers
 
 FORMATS = ('safetensors', 'pth', 'stablehlo')
@@ -37,20 +37,11 @@ def main(argv=None) -> int:
   p.add_argument('--data_license', default='not stated', help='of the training data, for the card')
   p.add_argument('--debug', action='store_true', help='show the traceback of an error')
   f = p.parse_args(argv)
-  logging.basicConfig(level=logging.INFO, format='%(message)s', stream=sys.stdout, force=True)
-  for noisy in ('jax', 'absl', 'orbax'):
-    logging.getLogger(noisy).setLevel(logging.ERROR)
-  from unimiss_jax.checkpoint import CheckpointError  # late: a usage error should not wait for jax
-  from unimiss_jax.porting.errors import PortingError
-  try:
+
+  def work():
     export(f.workdir or f.ckpt, f.out, branch=f.branch, parts=f.parts, formats=f.format, dtype=f.dtype, allow=f.allow,
            in_chans=f.in_chans, arch=f.arch, name=f.name, license_id=f.license, data_license=f.data_license)
-  except Exception as e:
-    if f.debug:
-      raise
-    said = isinstance(e, (CheckpointError, PortingError, OSError))
-    return fail(e if said else f'unforeseen {type(e).__name__}: {e}. --debug shows where', 1)
-  return 0
+  return arguments.run(work, f.debug)
 
 
 def export(source, out, *, branch='', parts=PARTS, formats=FORMATS[:1], dtype='float32', allow=(), in_chans='strict',

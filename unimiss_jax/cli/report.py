@@ -33,15 +33,7 @@ def main(argv=None) -> int:
   f = p.parse_args(argv)
   if f.records < 10:
     p.error(f'--records={f.records}: 10 or more')
-  logging.basicConfig(level=logging.INFO, format='%(message)s', stream=sys.stdout, force=True)
-  for noisy in ('jax', 'absl', 'orbax'):
-    logging.getLogger(noisy).setLevel(logging.ERROR)
-  try:
-    return report(f.workdir, f.out, model=not f.no_model, records=f.records, branch=f.branch)
-  except Exception as e:
-    if f.debug:
-      raise
-    return fail(e if isinstance(e, OSError) else f'unforeseen {type(e).__name__}: {e}. --debug shows where', 1)
+  return arguments.run(lambda: report(f.workdir, f.out, not f.no_model, f.records, f.branch), f.debug)
 
 
 def report(folders: list, out: str = '', model: bool = True, records: int = 60, branch: str = '') -> int:

@@ -15,7 +15,7 @@ import numpy as np
 from etils import epath
 
 from data_pipelines import manifest, reports
-from data_pipelines.command import Parser, fail
+from data_pipelines.command import Parser
 from data_pipelines.errors import DataError
 from unimiss_jax.cli import arguments, towers
 
@@ -35,23 +35,14 @@ def main(argv=None) -> int:
   arguments.add_weights(p)
   p.add_argument('--debug', action='store_true', help='show the traceback of an error')
   f = p.parse_args(argv)
-  logging.basicConfig(level=logging.INFO, format='%(message)s', stream=sys.stdout, force=True)
-  for noisy in ('jax', 'absl', 'orbax'):
-    logging.getLogger(noisy).setLevel(logging.ERROR)
-  from unimiss_jax.checkpoint import CheckpointError  # late: a usage error should not wait for jax
-  from unimiss_jax.porting.errors import PortingError
-  try:
+
+  def work():
     found = score(f.ckpt, f.data, f.prompts, batch=f.batch, branch=f.branch)
     if f.out:
       epath.Path(f.out).write_text(json.dumps(found, indent=1) + '\n')
-  except Exception as e:
-    if f.debug:
-      raise
-    said = isinstance(e, (CheckpointError, PortingError, DataError, OSError))
-    return fail(e if said else f'unforeseen {type(e).__name__}: {e}. --debug shows where', 1)
-  for name, value in found.items():
-    logging.info('%-40s %s', name, f'{value:9.3f}' if isinstance(value, float) else f'{value:9d}')
-  return 0
+    for name, value in found.items():
+      logging.info('%-40s %s', name, f'{value:9.3f}' if isinstance(value, float) else f'{value:9d}')
+  return arguments.run(work, f.debug)
 
 
 def score(ckpt, data, prompts='', *, batch: int = 8, branch: str = '') -> dict:
