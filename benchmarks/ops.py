@@ -87,7 +87,7 @@ def ours() -> tuple:
 
   def update(held, grads):
     params, state, teacher = held
-    params, state, _ = adam.update(grads, state, params, {'rest': optim.TRAIN}, 1e-4, .04)
+    params, state = adam.update(grads, state, params, {'rest': optim.TRAIN}, 1e-4, .04)
     return params, state, jax.tree.map(lambda t, p: .996 * t + .004 * p, teacher, params)
   compiled = jax.jit(update, donate_argnums=0).lower(held[0], grads).compile()
   gflop[ADAM] = compiled.cost_analysis()['flops'] / 1e9

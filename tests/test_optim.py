@@ -64,7 +64,8 @@ def run(modes, steps, clip=0., mode='global', scale=1.):
     update = jax.jit(tx.update)
     for i in range(steps):
       grads = jax.tree.map(lambda p, i=i: scale * (p + 0.1 * (i + 1)), params)
-      params, state, moved = update(grads, state, params, {'rest': TRAIN, '3d': modes[i]}, 0.1, 0.04)
+      params, state = update(grads, state, params, {'rest': TRAIN, '3d': modes[i]}, 0.1, 0.04)
+      moved = tx.moved(state, params, {'rest': TRAIN, '3d': modes[i]}, 0.1, 0.04)
       trace.append(jax.device_get((params, state, moved)))
     return trace
 
@@ -104,8 +105,8 @@ def test_a_group_with_a_rate_is_adamw_at_another_learning_rate():
     params = {'w': {'kernel': jnp.full((2, 2), 2.)}, 'b3D': {'kernel': jnp.full((2, 2), 2.)}}
     state = tx.init(params)
     for g in grads:
-      params, state, _ = tx.update({'w': {'kernel': g}, 'b3D': {'kernel': g}}, state, params,
-                                   dict.fromkeys(rates, TRAIN), .1, .04)
+      params, state = tx.update({'w': {'kernel': g}, 'b3D': {'kernel': g}}, state, params,
+                               dict.fromkeys(rates, TRAIN), .1, .04)
   for name, group in (('w', 'rest'), ('b3D', '3d')):
     want = adamw_by_hand(np.full((2, 2), 2.), grads, lr=.1 * rates[group], eps=1e-4)
     np.testing.assert_allclose(params[name]['kernel'], want, rtol=1e-12)
@@ -117,17 +118,35 @@ def test_bias_does_not_decay_and_clipping_scales_by_the_norm():
   _, state, _ = run([SKIP], 1, clip=1e-3)[0]
   mu = np.concatenate([np.ravel(x) for x in state['rest'].mu.values()])
   np.testing.assert_allclose(np.linalg.norm(mu), 0.1 * 1e-3, rtol=2e-3)     # the skipped group is not in the norm
-  new, _, moved = run([TRAIN], 1)[0]
-  change = [new['a'][n] - PARAMS['a'][n] for n in ('kernel', 'bias')]
-  np.testing.assert_allclose(moved['rest'], np.linalg.norm(np.concatenate([np.ravel(x) for x in change])), rtol=1e-12)
-  flat = np.concatenate([PARAMS['a']['kernel'].ravel(), PARAMS['a']['bias']]) + 0.1
+  whole = np.concatenate([PARAMS['a']['kernel'].ravel(), PARAMS['a']['bias']]) + 0.1
   with jax.enable_x64(True):
     norms = optim.adamw(group_of).norms(jax.tree.map(lambda x: jnp.asarray(x) + .1, PARAMS))
-    np.testing.assert_allclose(norms['rest'], np.linalg.norm(flat), rtol=1e-12)
+    np.testing.assert_allclose(norms['rest'], np.linalg.norm(whole), rtol=1e-12)
   per_tensor = run([TRAIN], 1, clip=1e-3, mode='per_tensor')[0][1]
   for group in per_tensor.values():
     for x in group.mu.values():
       np.testing.assert_allclose(np.linalg.norm(x), 0.1 * 1e-3, rtol=2e-3)
+
+
+def flat(params, name):
+  return np.concatenate([np.ravel(x) for n, x in sorted(params[name].items())])
+
+
+def test_what_an_update_added_is_told_from_the_state_after_it():
+  before, sizes = PARAMS, []
+  for params, _, moved in run([ZERO, SKIP, TRAIN, TRAIN, ZERO, SKIP], 6):
+    for name, group in (('a', 'rest'), ('b3D', '3d')):
+      np.testing.assert_allclose(moved[group], np.linalg.norm(flat(params, name) - flat(before, name)), rtol=1e-9)
+    before, sizes = params, [*sizes, float(moved['3d'])]
+  assert [s > 0 for s in sizes] == [False, False, True, True, True, False]
+  with jax.enable_x64(True):
+    tx, params = optim.larc(lambda name: 'rest', rate=lambda group: .5), {'w': jnp.arange(6.)}
+    state = tx.init(params)
+    for g in (2., -1.):
+      new, state = tx.update({'w': jnp.full(6, g)}, state, params, {'rest': TRAIN}, .1, .04)
+      np.testing.assert_allclose(tx.moved(state, new, {'rest': TRAIN}, .1, .04)['rest'],
+                                 np.linalg.norm(new['w'] - params['w']), rtol=1e-9)
+      params = new
 
 
 def test_equals_torch_adamw():
@@ -148,7 +167,7 @@ def test_what_decays(exclude, decaying):
   params = {n: jnp.full(s, 2.) for n, s in {'kernel': (2, 3), 'pos_embed2D': (1, 4, 2), 'cls_tokens': (1, 2),
                                             'cls_tokens2/kernel': (2, 2), 'bias': (3, 2), 'scale': (3,)}.items()}
   tx = optim.adamw(lambda name: 'rest', decay_exclude=exclude)
-  after, _, _ = tx.update(jax.tree.map(jnp.zeros_like, params), tx.init(params), params, {'rest': optim.TRAIN}, .1, .5)
+  after, _ = tx.update(jax.tree.map(jnp.zeros_like, params), tx.init(params), params, {'rest': optim.TRAIN}, .1, .5)
   for name, x in after.items():
     np.testing.assert_allclose(x, 2 - .1 * .5 * 2 * (name in decaying), rtol=1e-6, err_msg=name)
 
@@ -165,7 +184,7 @@ def test_larc_takes_the_reference_steps(fixtures, x64):
     state, update = optimiser.init(params), jax.jit(optimiser.update)
     for t, lr in enumerate(z['lrs']):
       grads = {f'p{i}': jnp.asarray(z[f'g{t}_{i}'], wide) for i in range(3)}
-      params, state, _ = update(grads, state, params, {'rest': TRAIN}, lr, float(z['wd']))
+      params, state = update(grads, state, params, {'rest': TRAIN}, lr, float(z['wd']))
     for i in range(3):
       np.testing.assert_allclose(params[f'p{i}'], z[f'out{i}'], rtol=0, atol=1e-9 if x64 else 1e-6)
     assert state['rest'].count == 3

@@ -25,6 +25,7 @@ from unimiss_jax.writers import EVAL
 
 LAST = 3            # rows of a phase that must agree
 KEPT = 400          # rows of steps that are looked at, of all phases
+LEARNT = .5         # share of the run after which pairs must be told apart; a demo of half the steps does so after .6
 EARLY = .3          # share of the run in which losses may still stand at chance; those of the demo do for .25
 REBUILT = .5        # share in which reconstructions may tell nothing; those of healthy runs do for .37
 CODED = .5          # share of a phase in which clusters may stand at chance; a healthy run of 120 steps does for .25
@@ -47,7 +48,7 @@ STARVED = .2        # share of the time spent waiting for data
 FLAT = .5           # share of views that show nothing
 APART_BY = .01      # cosine: pairs are nearer to each other than to others by this, where no chance level is known
 WRONG = 1.02        # of chance: a loss above is that of wrong answers; pairs are told apart all the same where they are
-NEARER, AMONG = .1, 5      # nearer by this cosine in the mean over so many rows
+NEARER, AMONG = .1, 20     # nearer by this cosine in the mean over so many rows
 CONTRASTIVE = {'train/nce_loss': 'two views of one sample', 'train/pair_nce_loss': 'a CT and its DRR',
                'train/vl_loss': 'an image and its report'}
 TERMS = 'intra', 'inter'    # of clustering
@@ -208,7 +209,7 @@ def spikes(phase, rows, config, chance):
 
 def at_chance(phase, rows, config, chance):
   """Pairs that are none: long after the start the network cannot tell them apart."""
-  if not _late(config, rows):
+  if (_done(config, rows) or 0.) < LEARNT:
     return
   for key, what in CONTRASTIVE.items():
     values, gap = _last(rows, key), _last(rows, gap_of(key))

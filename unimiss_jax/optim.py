@@ -80,8 +80,9 @@ def decays(name: str, x, exclude: str = '1d') -> bool:
 
 class Optimiser(NamedTuple):
   init: Callable     # params -> opt_state = {group: optax state over {name: tensor}}
-  update: Callable   # (grads, opt_state, params, modes, lr, wd) -> (params, opt_state, {group: norm of what was added})
+  update: Callable   # (grads, opt_state, params, modes, lr, wd) -> (params, opt_state)
   norms: Callable    # grads -> {group: their norm}
+  moved: Callable    # (opt_state, params, modes, lr, wd), after an update -> {group: norm of what it added}
 
 
 def of(config, method) -> Optimiser:
@@ -97,10 +98,19 @@ def adamw(group_of: Callable[[str], str], *, b1=0.9, b2=0.999, eps=1e-8, decay_e
   """AdamW per group; decay_exclude: of `decays`; the other arguments are those of `by_group`."""
   adam = optax.scale_by_adam(b1=b1, b2=b2, eps=eps)
 
+  def decayed(direction, params, wd):
+    return {n: d + (wd * params[n] if decays(n, params[n], decay_exclude) else 0.) for n, d in direction.items()}
+
   def rule(grads, state, params, wd):
     direction, state = adam.update(grads, state)
-    return {n: d + (wd * params[n] if decays(n, params[n], decay_exclude) else 0.) for n, d in direction.items()}, state
-  return by_group(group_of, adam.init, rule, **given)
+    return decayed(direction, params, wd), state
+
+  def last(state, params, lr, wd):
+    mu, nu = (optax.tree.bias_correction(x, b, state.count) for x, b in ((state.mu, b1), (state.nu, b2)))
+    direction = {n: m / (jnp.sqrt(nu[n]) + eps) for n, m in mu.items()}
+    before = {n: (p + lr * direction[n]) / (1 - lr * wd) for n, p in params.items()}      # of those that decay
+    return decayed(direction, before, wd)
+  return by_group(group_of, adam.init, rule, last, **given)
 
 
 class Momentum(NamedTuple):
@@ -126,10 +136,10 @@ def larc(group_of: Callable[[str], str], *, trust=1e-3, momentum=0.9, eps=1e-8, 
   def rule(grads, state, params, wd):
     buffer = {n: momentum * state.buffer[n] + scaled(g, params[n], wd) for n, g in grads.items()}
     return buffer, Momentum(state.count + 1, buffer)
-  return by_group(group_of, start, rule, **given)
+  return by_group(group_of, start, rule, lambda state, params, lr, wd: state.buffer, **given)
 
 
-def by_group(group_of: Callable[[str], str], start: Callable, rule: Callable, *, clip: float = 0.,
+def by_group(group_of: Callable[[str], str], start: Callable, rule: Callable, last: Callable, *, clip: float = 0.,
              clip_mode: str = 'global', rate: Callable[[str], float] = lambda group: 1.) -> Optimiser:
   """An optimiser of {name: tensor}, once per group.
 
@@ -137,12 +147,13 @@ def by_group(group_of: Callable[[str], str], start: Callable, rule: Callable, *,
     group_of: parameter name -> group; the group 'fixed' is never trained and has no state.
     start: tensors -> state, with a `count` of steps.
     rule: (gradients, state, tensors, wd) -> (what the learning rate multiplies, state).
+    last: (that state, the new tensors, lr, wd) -> what the learning rate multiplied.
     clip: largest gradient norm, before the moments; 0 = off.
     clip_mode: 'global' = one norm over all groups that train; 'per_tensor'.
     rate: group -> factor of the learning rate (and so of the decay).
 
-  `update` takes modes {group: SKIP | ZERO | TRAIN} (traceable), lr and wd scalars, and returns
-  also {group: norm of the change}.
+  `update` takes modes {group: SKIP | ZERO | TRAIN} (traceable), lr and wd scalars. `moved` tells its norms from the
+  state that it leaves, for a step that also did so would need more memory, and time for another pass over all tensors.
   """
   def split(tree) -> dict[str, dict[str, Any]]:
     out: dict[str, dict[str, Any]] = {}
@@ -158,29 +169,33 @@ def by_group(group_of: Callable[[str], str], start: Callable, rule: Callable, *,
     return {g: optax.tree.norm(t) for g, t in split(grads).items()}
 
   def changed(mode, grads, lr, wd, held):
-    tensors, state, _ = held
+    tensors, state = held
     direction, state = rule({n: jnp.where(mode == TRAIN, x, jnp.zeros_like(x)) for n, x in grads.items()}, state,
                             tensors, wd)
-    steps = {n: lr * d for n, d in direction.items()}
-    return ({n: p - steps[n].astype(p.dtype) for n, p in tensors.items()}, state,
-            jnp.sqrt(sum(jnp.sum(x**2) for x in steps.values())))
+    return {n: p - (lr * direction[n]).astype(p.dtype) for n, p in tensors.items()}, state
 
   def update(grads, opt_state, params, modes, lr, wd):
     groups, tensors, norms = split(grads), split(params), norms_of(grads)
     groups = {g: _clipped(t, clip, clip_mode, _norm_of_training(norms, modes)) for g, t in groups.items()}
-    new_params, new_state, moved = {}, {}, {}
+    new_params, new_state = {}, {}
     for g, old in opt_state.items():
-      mode, held = modes[g], (tensors[g], old, jnp.zeros_like(norms[g]))
+      mode, held = modes[g], (tensors[g], old)
       move = partial(changed, mode, groups[g], rate(g) * lr, wd)
       if isinstance(mode, int) and mode != ZERO:       # known when the step is compiled
-        new, new_state[g], moved[g] = held if mode == SKIP else move(held)
+        new, new_state[g] = held if mode == SKIP else move(held)
       else:
-        new, new_state[g], moved[g] = gated((mode == TRAIN) | ((mode == ZERO) & (old.count > 0)), move, held)
+        new, new_state[g] = gated((mode == TRAIN) | ((mode == ZERO) & (old.count > 0)), move, held)
       new_params |= new
     merged = jax.tree_util.tree_map_with_path(lambda path, p: new_params.get(leaf_name(path), p), params)
-    return merged, new_state, moved
+    return merged, new_state
 
-  return Optimiser(init, update, norms_of)
+  def moved(opt_state, params, modes, lr, wd):
+    def one(g, tensors):
+      size = rate(g) * lr * optax.tree.norm(last(opt_state[g], tensors, rate(g) * lr, wd))
+      return jnp.where((modes[g] == SKIP) | (opt_state[g].count == 0), 0., size)
+    return {g: one(g, tensors) for g, tensors in split(params).items()}
+
+  return Optimiser(init, update, norms_of, moved)
 
 
 def gated(go, move, old, branch: bool | None = None):

@@ -61,21 +61,31 @@ def make_step(config, method, optimiser, phase_name, mesh, finish=None):
     finite = jnp.isfinite(loss) & jnp.isfinite(sum(norms.values()))
 
     def move(old):
-      params, groups, extra, _ = old
-      params, groups, moved = optimiser.update(grads, groups, params, modes, lr(step), wd(step))
-      return params, groups, method.post(params, extra, aux, step), moved
-    still = {g: jnp.zeros_like(n) for g, n in norms.items()}
-    params, groups, extra, moved = optim.gated(finite, move, (state.params, state.opt_state['groups'], extra, still))
+      params, groups, extra = old
+      params, groups = optimiser.update(grads, groups, params, modes, lr(step), wd(step))
+      return params, groups, method.post(params, extra, aux, step)
+    params, groups, extra = optim.gated(finite, move, (state.params, state.opt_state['groups'], extra))
     skipped = jnp.where(finite, 0, state.opt_state['skipped'] + 1)
     bad = state.opt_state['bad'] + sum(rows['bad'].sum(dtype=jnp.int32) for rows in batch.values())
     metrics = aux.metrics | {f'train/grad_norm_{g}': n for g, n in norms.items()} | {
-        f'train/update_norm_{g}': n for g, n in moved.items()} | {
         'data/flat_views': flat_views(batch), **bad_gradients(grads),
         'train/grad_norm': jnp.sqrt(sum(n ** 2 for n in norms.values())),
         'train/lr': lr(step), 'train/wd': wd(step),
         'train/skipped': jnp.where(finite, 0, 1), 'train/skipped_in_a_row': skipped, 'data/bad_records': bad}
     return TrainState(step + 1, params, {'groups': groups, 'skipped': skipped, 'bad': bad}, extra), metrics
   return step_fn
+
+
+def make_moved(config, method, optimiser, phase_name):
+  """(state after a step, whether that was skipped) -> {'train/update_norm_<group>'}: norms of what the step changed."""
+  lr, wd = schedules(config, method)
+
+  def moved(state: TrainState, skipped):
+    step, groups = state.step - 1, state.opt_state['groups']
+    modes = {g: method.phases[phase_name].update(g, step) for g in groups}
+    found = optimiser.moved(groups, state.params, modes, lr(step), wd(step))
+    return {f'train/update_norm_{g}': jnp.where(skipped, 0., n) for g, n in found.items()}
+  return moved
 
 
 def compiled(config, method, optimiser, phase, mesh, streams, state):

@@ -219,6 +219,7 @@ class Run:
         self.state = probe_first.start(self.state, self.observer, self.fit(tests.stream))
       self.evaluate(0)
     steps = {n: s.result() for n, s in self.steps.items()}
+    moved = {n: jax.jit(step.make_moved(config, self.method, self.optimiser, n)) for n in steps}
     costs = {n: preflight.cost(s, self.mesh.size) for n, s in steps.items()}
     self.flops = {n: c.flops for n, c in costs.items()}
     logging.info('a step of %s', preflight.told(costs))
@@ -235,6 +236,8 @@ class Run:
       positions = {n: s.position() for n, s in self.streams.items()}
       self.state = boundary.crossed(self.method, self.state, i, read)
       self.state, metrics = steps[name](self.state, batch)
+      if i in logged:
+        metrics |= moved[name](self.state, metrics['train/skipped'])
       given = batch
       fetched = fetcher.submit(self.take, plan[after]) if after < total else None
       if not ahead:
