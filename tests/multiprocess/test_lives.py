@@ -91,6 +91,7 @@ def test_a_dead_process_ends_the_other_with_one_clear_line(folder):
   assert run.wait() == [0] and 'resumed step 2' in run.said(), run.said()
 
 
+@pytest.mark.slow      # two processes, three lives
 def test_a_full_disk_ends_the_run_clearly_and_it_resumes(undisturbed, folder):
   workdir = folder / 'full'
   run = Cluster(workdir, limit=100_000)
