@@ -62,13 +62,13 @@ class Ours:
     return {k: float(f(EPOCH * STEPS_PER_EPOCH)) for k, f in (('lr', lr), ('wd', wd), ('momentum', m))}
 
   def compile(self, phase: str, batch, told: bool = True):
-    """As train.Run.compile does it; told=False: the step gives no metrics but its losses."""
+    """As step.compiled does it; told=False: the step gives no metrics but its losses."""
     rows = sharding.batch_sharding(self.mesh)
     shapes = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=rows), batch)
     out = jax.tree.map(lambda x: x.sharding, self.template), sharding.replicated(self.mesh)
-    f = step.make_step(self.config, self.method, self.optimiser, phase, self.mesh)
-    if not told:
-      whole = f
-      f = lambda state, batch: (lambda state, m: (state, {k: x for k, x in m.items() if k.endswith('loss')}))(
-          *whole(state, batch))
+    whole = step.make_step(self.config, self.method, self.optimiser, phase, self.mesh)
+
+    def f(state, batch):
+      state, metrics = whole(state, batch)
+      return state, {k: x for k, x in metrics.items() if told or k.endswith('loss')}
     return jax.jit(f, donate_argnums=0, out_shardings=out).lower(self.template, shapes).compile()

@@ -136,7 +136,7 @@ def test_what_an_update_added_is_told_from_the_state_after_it():
   before, sizes = PARAMS, []
   for params, _, moved in run([ZERO, SKIP, TRAIN, TRAIN, ZERO, SKIP], 6):
     for name, group in (('a', 'rest'), ('b3D', '3d')):
-      np.testing.assert_allclose(moved[group], np.linalg.norm(flat(params, name) - flat(before, name)), rtol=1e-9)
+      np.testing.assert_allclose(moved[group], np.linalg.norm(flat(params, name) - flat(before, name)), rtol=1e-12)
     before, sizes = params, [*sizes, float(moved['3d'])]
   assert [s > 0 for s in sizes] == [False, False, True, True, True, False]
   with jax.enable_x64(True):
@@ -145,7 +145,7 @@ def test_what_an_update_added_is_told_from_the_state_after_it():
     for g in (2., -1.):
       new, state = tx.update({'w': jnp.full(6, g)}, state, params, {'rest': TRAIN}, .1, .04)
       np.testing.assert_allclose(tx.moved(state, new, {'rest': TRAIN}, .1, .04)['rest'],
-                                 np.linalg.norm(new['w'] - params['w']), rtol=1e-9)
+                                 np.linalg.norm(new['w'] - params['w']), rtol=1e-12)
       params = new
 
 

@@ -25,7 +25,7 @@ from unimiss_jax.writers import EVAL
 
 LAST = 3            # rows of a phase that must agree
 KEPT = 400          # rows of steps that are looked at, of all phases
-LEARNT = .5         # share of the run after which pairs must be told apart; a demo of half the steps does so after .6
+LEARNT = .5         # share of the run after which pairs must be told apart; at .48 those of half a demo are not yet
 EARLY = .3          # share of the run in which losses may still stand at chance; those of the demo do for .25
 REBUILT = .5        # share in which reconstructions may tell nothing; those of healthy runs do for .37
 CODED = .5          # share of a phase in which clusters may stand at chance; a healthy run of 120 steps does for .25

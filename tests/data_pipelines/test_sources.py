@@ -10,8 +10,9 @@ from etils import epath
 from PIL import Image
 
 from configs import common
-from data_pipelines import files, manifest, phantom, readers, sources, streams, tiles
+from data_pipelines import files, judgement, manifest, phantom, readers, sources, streams, tiles
 from data_pipelines.errors import DataError
+from unimiss_jax import validate
 
 
 def ct(depth, seed=0, side=40):
@@ -66,6 +67,10 @@ def test_records_of_other_tiles(folder, tile, parts):
     truth = np.pad(ct(depth, case), ((lack // 2, lack - lack // 2), (0, 0), (0, 0)), constant_values=-1024)
     np.testing.assert_array_equal(source[i]['volume'], truth[start:start + (tile or depth)])
   assert source.largest == {'volume': (tile or 36, 40, 40)}
+
+
+def test_the_config_knows_the_least_depth_of_a_scan():
+  assert validate.LEAST_SLICES == judgement.LEAST
 
 
 def test_records_that_are_shallower_than_their_view_are_told(folder, capsys):

@@ -22,6 +22,7 @@ SHOWN = 4              # samples of reconstructions and of 2-D maps
 PLACES = 8             # along a row of the map of dense features, at least
 SIDE = 160             # pixels of a frame of a volume
 SHAPES = 'circles', 'squares', 'triangles'
+CHOSEN = ' Of a volume the brightest of the slices that the teacher chooses.'
 OWN, OTHER = (60, 200, 100), (90, 90, 90)      # frames around the own patient and around others
 
 
@@ -65,7 +66,7 @@ def figures_of(found, method, config, tests, teacher: dict | None = None) -> tup
       at = middles(_batched(lambda b: planes(found.params, extra, {'ct': b[:, None]})['ct'][:, 0], views['ct']),
                    config.model.patch_depth)
       chosen = np.stack([x[i].max(0, keepdims=True) for x, i in zip(views['ct'], at)])
-      return neighbours(space, views | {'ct': chosen}, tests.paired, 'axial')
+      return neighbours(space, views | {'ct': chosen}, tests.paired, 'axial', CHOSEN)
     return neighbours(space, views, tests.paired, config.drr.view)
 
   attempt('map of embeddings', embed)
@@ -117,12 +118,13 @@ def embedding_map(embedded: dict, labels: dict) -> Map:
              {name: [value(k, name, i) for k, i in each] for name in names})
 
 
-def neighbours(space: dict, views: dict, paired: bool, view: str) -> list[Picture]:
+def neighbours(space: dict, views: dict, paired: bool, view: str, more: str = '') -> list[Picture]:
   """Sheets: some images and the volumes nearest to them, and back.
 
   Args:
     space: {kind: [N, D]}, where they are compared, by cosine, each kind centred by its own mean.
     paired: row i of all kinds is one patient.
+    more: a sentence for the note.
   """
   out = []
   for query, gallery, own in (('xray', 'ct', paired), ('drr', 'ct', True), ('ct', 'xray', paired)):
@@ -137,7 +139,7 @@ def neighbours(space: dict, views: dict, paired: bool, view: str) -> list[Pictur
     names = [f'{query} {i}' + (f': own {gallery} is number {r}' if own else '')
              for i, r in zip(rows, rank or [0] * len(rows))]
     note = f'Left the {query}, then the {NEAR} nearest of {len(g)} {gallery}' + (
-        '; the own patient in a green frame.' if own else '.')
+        '; the own patient in a green frame.' if own else '.') + more
     out.append(Picture(f'Nearest neighbours: {query} to {gallery}', note, figures.encoded(_sheet(tiles, names))))
   return out
 
