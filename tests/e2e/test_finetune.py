@@ -1,5 +1,7 @@
 """Fine-tuning through the one loop: from pre-trained weights, stopped and resumed, ended early, tested at its end."""
+import html
 import json
+import shutil
 
 import jax
 import numpy as np
@@ -115,6 +117,19 @@ def test_the_other_tasks_run_to_their_end(preset, pretrained, tmp_path):
   saved = sorted(p.name for p in (tmp_path / 'eval' / 'predictions').iterdir())
   assert len(saved) == 3 * (1 if preset == 'phantom_seg3d' else 3)
   assert (tmp_path / 'eval' / 'cases.png').stat().st_size > 1000
+
+
+def test_the_page_of_a_task_whose_data_are_gone(undisturbed, tmp_path):
+  """Curves and verdict stand; in place of what the network sees stands what is missing, and where."""
+  run, gone = tmp_path / 'run', tmp_path / 'moved <away>'
+  shutil.copytree(undisturbed, run)
+  config = json.loads((run / 'config.json').read_text())
+  config['data']['manifest'] = str(gone)
+  (run / 'config.json').write_text(json.dumps(config))
+  assert report.main([f'--workdir={run}']) == 0
+  page = (run / 'report' / 'index.html').read_text()
+  assert f'What the network sees is not shown: UNREADABLE {html.escape(str(gone))}' in page and str(gone) not in page
+  assert '8 test cases' in page and 'Embeddings by label' not in page
 
 
 def test_another_split_is_another_run(undisturbed, tmp_path):

@@ -9,6 +9,7 @@ from unimiss_jax.writers import Writer
 NCE_ONLY = {f'loss.{k}': 0. for k in ('ct', 'drr', 'slice', 'xray', 'recon_ct', 'recon_drr', 'recon_xray')}
 
 
+@pytest.mark.slow
 def test_xrays_alone(tmp_path, monkeypatch):
   """Lengths follow the X-ray stream; a run cut right after an evaluation at a save keeps that evaluation."""
   c = tiny.config(**NCE_ONLY, **{'phases.unit': 'epoch', 'phases.ct': 0, 'steps': 0, 'epochs': 2, 'batch.ct': 1,

@@ -58,20 +58,20 @@ def close(a, b, tolerance):
     np.testing.assert_allclose(x, named_leaves(b)[name], rtol=0, atol=tolerance, err_msg=name)
 
 
-def test_init_and_step_do_not_depend_on_the_mesh(distil):
+@pytest.mark.parametrize('shape', [pytest.param((8, 1), marks=pytest.mark.slow), (2, 4)])
+def test_init_and_step_do_not_depend_on_the_mesh(distil, shape):
   batch = rows(8)
   start, after, metrics = distil.run(batch)
-  for shape in ((8, 1), (2, 4)):
-    other = Built(sharding.make_mesh(*shape), **DISTIL_ONLY)
-    begun, got, seen = other.run(batch)
-    for name, x in named_leaves(start.params).items():
-      np.testing.assert_array_equal(x, named_leaves(begun.params)[name], err_msg=name)
-    np.testing.assert_allclose(seen['train/loss'], metrics['train/loss'], rtol=1e-5)
-    close(got.opt_state['groups']['rest'].mu, after.opt_state['groups']['rest'].mu, 5e-6)
-    close(got.extra, after.extra, 5e-6)
+  other = Built(sharding.make_mesh(*shape), **DISTIL_ONLY)
+  begun, got, seen = other.run(batch)
+  for name, x in named_leaves(start.params).items():
+    np.testing.assert_array_equal(x, named_leaves(begun.params)[name], err_msg=name)
+  np.testing.assert_allclose(seen['train/loss'], metrics['train/loss'], rtol=1e-5)
+  close(got.opt_state['groups']['rest'].mu, after.opt_state['groups']['rest'].mu, 5e-6)
+  close(got.extra, after.extra, 5e-6)
 
 
-def test_an_xray_step_leaves_3d_weights_and_a_frozen_last_layer(distil):
+def test_an_xray_step_leaves_3d_weights(distil):
   start, after, _ = distil.run(rows(8))
   moved = {n for n, x in named_leaves(after.params).items()
            if not np.array_equal(x, named_leaves(start.params)[n])}
@@ -80,6 +80,11 @@ def test_an_xray_step_leaves_3d_weights_and_a_frozen_last_layer(distil):
   assert {n for n in names if 'patch_embed2D' in n} <= moved
   assert 'head/last_layer/weight_v' in moved                        # preset phantom does not freeze it
   assert int(after.opt_state['groups']['3d'].count) == 0
+
+
+@pytest.mark.slow
+def test_a_frozen_last_layer_stays(distil):
+  start = distil.init()
   frozen = Built(**DISTIL_ONLY, **{'optim.freeze_last_layer': 1.})
   _, kept, _ = frozen.run(rows(8))
   np.testing.assert_array_equal(kept.params['head']['last_layer']['weight_v'],
