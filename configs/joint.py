@@ -55,7 +55,6 @@ def get_config(arg: str | None = None) -> ConfigDict:
   c.joint.update(dict(objective=objective, phases=phases, shares=tuple(shares[p] / total for p in phases)))
   if schedule == 'baseline_2d':
     c.phases.ct = 0
-    c.eval.tasks = ()
   return c.lock()
 
 

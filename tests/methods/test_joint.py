@@ -53,6 +53,16 @@ def test_a_baseline_builds_nothing_of_volumes_and_the_same_encoder():
   assert set(shapes(tiny(phases=('intra', 'inter'), shares=(.5, .5)))) == set(full) - {'mask'}
 
 
+def test_a_baseline_embeds_a_volume_as_the_mean_of_its_slices():
+  method = made(tiny('swav2d'))
+  params, extra = jax.jit(method.init)(jax.random.key(0))
+  volumes = np.random.default_rng(0).random((2, 1, 3, 64, 64, 1), np.float32)
+  slices = np.repeat(volumes[:, 0], 3, -1)
+  out = jax.jit(method.predict['embed'])(params, extra, {'ct': volumes, 'xray': slices})
+  assert out['ct'].shape == (2, 1, 8) and np.ptp(out['xray'], 1).max() > 1e-3
+  np.testing.assert_allclose(out['ct'][:, 0], np.mean(out['xray'], 1), rtol=0, atol=1e-5)
+
+
 def test_what_cannot_be_is_named(caplog):
   for leaves, message in ((dict(phases=('intra', 'outer'), shares=(.5, .5)), '"outer" unknown'),
                           (dict(shares=(.5, .5, .5)), 'together 1'),

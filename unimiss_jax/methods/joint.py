@@ -251,10 +251,17 @@ def make(config, data) -> Method:
     return 'head_prototypes' if 'last_layer' in name else part
 
   def embed(weights, extra, rows):
-    """{'ct': [B, V, ...], 'drr', 'xray': those present} -> the same names with [B, V, E]."""
+    """{'ct': [B, V, ...], 'drr', 'xray': those present} -> the same names with [B, V, E]; of a volume the feature of
+    the Transformer, or in a run that knows images alone the mean over its slices."""
     flat = lambda x: images(weights, extra, x)[0].embedding.reshape(*x.shape[:2], -1)
-    return {k: features(weights, slices(weights, extra, x)[0]) if k == 'ct' else flat(x) for k, x in rows.items()
-            if k != 'ct' or volumes}
+
+    def of_volumes(x):
+      if volumes:
+        return features(weights, slices(weights, extra, x)[0])
+      b, v, d = x.shape[:3]
+      grey = jnp.repeat(x.reshape(b, v * d, *x.shape[3:]), model.in_channels[0], -1)
+      return flat(grey).reshape(b, v, d, -1).mean(2)
+    return {k: of_volumes(x) if k == 'ct' else flat(x) for k, x in rows.items()}
 
   predict = {'embed': embed}
   if volumes:
