@@ -62,7 +62,7 @@ def left_out(start: dict, terms: dict, out=(), **entry) -> dict:
 # From the objective and the trunk of the released code to a recipe, term by term, at the sizes of preset phantom.
 RELEASED = only(ct=1., drr=.5, xray=1.) | {
     'head.out_dim': 128, 'head.batch_standardize': False, 'model.init': 'released', 'model.final_norm': False,
-    'model.conv_residual': False, 'drr.view': 'axial', 'drr.scope': 'subvolume'}
+    'model.conv_residual': False, 'drr.view': 'axial', 'drr.scope': 'subvolume', 'drr.paired_window': False}
 TERMS = {
     'contrast': only(nce=1., pair_nce=1.),
     'frontal_drr': {'drr.view': 'pa', 'drr.scope': 'volume'},
@@ -74,11 +74,15 @@ TERMS = {
     'distillation_by_sinkhorn': {'loss.ct': 1., 'loss.drr': .5, 'loss.xray': 1., 'extra_loss.sinkhorn': 3},
     'simdino': {'loss.ct': 1., 'loss.drr': .5, 'loss.xray': 1., 'extra_loss.coding_rate': .5},
     'tokens_do_not_decay': {'optim.decay_exclude': 'tokens'},
-    'paired_window': {'drr.scope': 'subvolume', 'drr.paired_window': True},
+    'patches': {'loss.ct': 1., 'loss.drr': .5, 'loss.xray': 1., 'extra_loss.patch': 1.,
+                'extra_loss.mask_ratio': (.1, .6), 'extra_loss.mask_block': (4, 16, 16)},
+    'small_crops': {'loss.ct': 1., 'loss.drr': .5, 'loss.xray': 1., 'extra_loss.local.crops': 4},
+    'paired_window': {'drr.paired_window': True},      # a record of a phantom is its whole scan
 }
 CLIMB = {'steps': 304, 'optim.warmup_epochs': .32, 'eval.every': 0}
-FALLEN = 'koleo', 'masked_input', 'both_in_a_step', 'distillation_by_sinkhorn'      # see docs/experiments.md
-UNTRIED = 'simdino', 'tokens_do_not_decay', 'paired_window'
+FALLEN = ('koleo', 'masked_input', 'both_in_a_step', 'distillation_by_sinkhorn', 'simdino',
+          'tokens_do_not_decay')      # see docs/experiments.md
+UNTRIED = 'patches', 'small_crops'
 GRIDS = {
     'base': ladder(RELEASED, TERMS, FALLEN + UNTRIED, common=CLIMB),
     'base_held_out': left_out(RELEASED, TERMS, FALLEN + UNTRIED, common=CLIMB, seeds=(3, 4, 5)),

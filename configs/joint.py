@@ -7,7 +7,7 @@ presets
   phantom         intra, mask and inter one after the other, on embedded phantoms within minutes on a CPU; swav
   joint           the same, all three terms in every step
   swav2d          the baseline at that size: the intra phase alone, nothing of volumes is built
-  deepcluster2d   the same, of the other objective
+  deepcluster2d   the same, of the other objective; it does not learn on phantoms, see docs/experiments.md
   plain           sizes and rates of the released code, ResNet-50, its defects mended; made for accelerators. Volumes
                   are not resized: the middle 128 x 128 of 64 slices; shards are made by prepare --tile=64
   reference       with its attention along features, its mask loss, no queue, and volumes not standardised; the middle
