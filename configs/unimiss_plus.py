@@ -9,7 +9,7 @@ presets
             (contrastive terms, standardised projections, residual trunk), not the papers'.
   phantom_long  the same for 4,000 steps on twice as many phantoms, some twenty minutes: the encoder that the phantom
             tasks of configs/finetune.py start from, see docs/experiments.md.
-  base      plain with the terms that the grid `base` of configs/ablations.py kept, by their worth on phantoms alone
+  base      plain with the first four terms that the grid `base` of configs/ablations.py kept, on phantoms alone
             (docs/experiments.md): at this size it was never trained
   pod       plain with 1,024 CT and 4,096 X-rays a step, for hundreds of accelerators: as many samples as plain, which
             are fewer steps; learning rate by the square root of the batch, momentum of the teacher by its power;

@@ -111,8 +111,8 @@ def continued() -> tuple[str, ...]:
 
 def environment() -> dict:
   return {'python': platform.python_version(), 'platform': platform.platform(), 'packages': versions(),
-          'devices': [' '.join({d.platform: 0, d.device_kind: 0}) for d in jax.devices()], 'hosts': jax.process_count(),
-          'command': sys.argv}
+          'devices': [' '.join(dict.fromkeys((d.platform, d.device_kind))) for d in jax.devices()],
+          'hosts': jax.process_count(), 'command': sys.argv}
 
 
 def log_file() -> str:
