@@ -83,6 +83,7 @@ CLIMB = {'steps': 304, 'optim.warmup_epochs': .32, 'eval.every': 0}
 FALLEN = ('koleo', 'masked_input', 'both_in_a_step', 'distillation_by_sinkhorn', 'simdino',
           'tokens_do_not_decay')      # see docs/experiments.md
 UNTRIED = 'patches', 'small_crops'
+PHANTOMS_ALONE = 'paired_window',      # gains, but stays out of preset base: crops of `plain` are thin
 GRIDS = {
     'base': ladder(RELEASED, TERMS, FALLEN + UNTRIED, common=CLIMB),
     'base_held_out': left_out(RELEASED, TERMS, FALLEN + UNTRIED, common=CLIMB, seeds=(3, 4, 5)),
