@@ -80,7 +80,7 @@ def decays(name: str, x, exclude: str = '1d') -> bool:
 
 class Optimiser(NamedTuple):
   init: Callable     # params -> opt_state = {group: optax state over {name: tensor}}
-  update: Callable   # (grads, opt_state, params, modes, lr, wd) -> (params, opt_state)
+  update: Callable   # (grads, opt_state, params, modes, lr, wd, norms or None) -> (params, opt_state)
   norms: Callable    # grads -> {group: their norm}
   moved: Callable    # (opt_state, params, modes, lr, wd), after an update -> {group: norm of what it added}
 
@@ -152,8 +152,9 @@ def by_group(group_of: Callable[[str], str], start: Callable, rule: Callable, la
     clip_mode: 'global' = one norm over all groups that train; 'per_tensor'.
     rate: group -> factor of the learning rate (and so of the decay).
 
-  `update` takes modes {group: SKIP | ZERO | TRAIN} (traceable), lr and wd scalars. `moved` tells its norms from the
-  state that it leaves, for a step that also did so would need more memory, and time for another pass over all tensors.
+  `update` takes modes {group: SKIP | ZERO | TRAIN} (traceable), lr and wd scalars, and what `norms` gives where that is
+  known: it would read all gradients again. `moved` tells its norms from the state that it leaves, for a step that also
+  did so would need more memory, and time for another pass over all tensors.
   """
   def split(tree) -> dict[str, dict[str, Any]]:
     out: dict[str, dict[str, Any]] = {}
@@ -174,8 +175,8 @@ def by_group(group_of: Callable[[str], str], start: Callable, rule: Callable, la
                             tensors, wd)
     return {n: p - (lr * direction[n]).astype(p.dtype) for n, p in tensors.items()}, state
 
-  def update(grads, opt_state, params, modes, lr, wd):
-    groups, tensors, norms = split(grads), split(params), norms_of(grads)
+  def update(grads, opt_state, params, modes, lr, wd, norms=None):
+    groups, tensors, norms = split(grads), split(params), norms or norms_of(grads)
     groups = {g: _clipped(t, clip, clip_mode, _norm_of_training(norms, modes)) for g, t in groups.items()}
     new_params, new_state = {}, {}
     for g, old in opt_state.items():

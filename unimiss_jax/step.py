@@ -62,7 +62,7 @@ def make_step(config, method, optimiser, phase_name, mesh, finish=None):
 
     def move(old):
       params, groups, extra = old
-      params, groups = optimiser.update(grads, groups, params, modes, lr(step), wd(step))
+      params, groups = optimiser.update(grads, groups, params, modes, lr(step), wd(step), norms)
       return params, groups, method.post(params, extra, aux, step)
     params, groups, extra = optim.gated(finite, move, (state.params, state.opt_state['groups'], extra))
     skipped = jnp.where(finite, 0, state.opt_state['skipped'] + 1)
@@ -109,7 +109,7 @@ def flat_views(batch):
 def bad_gradients(grads) -> dict:
   """Number of tensors whose gradient is not finite, and of the first of them in the order of optim.named_leaves; -1 =
   none."""
-  bad = jnp.stack([~jnp.isfinite(jnp.sum(g * g)) for g in jax.tree.leaves(grads)])
+  bad = ~jnp.isfinite(jnp.stack([jnp.sum(g * g) for g in jax.tree.leaves(grads)]))
   return {'train/bad_tensors': bad.sum(), 'train/bad_tensor': jnp.where(bad.any(), jnp.argmax(bad), -1)}
 
 

@@ -31,6 +31,7 @@ def test_xrays_alone(tmp_path, monkeypatch):
   assert rows[0, 'eval'].keys() >= {'eval/knn_auc_ct', 'eval/knn_auc_xray'}
 
 
+@pytest.mark.slow
 def test_both_in_one_step(tmp_path):
   c = tiny.config(**NCE_ONLY, **{'phases.unit': 'joint', 'steps': 1, 'eval.tasks': ()})
   assert train.train_and_evaluate(c, str(tmp_path)) == 0
