@@ -128,6 +128,14 @@ def test_bias_does_not_decay_and_clipping_scales_by_the_norm():
       np.testing.assert_allclose(np.linalg.norm(x), 0.1 * 1e-3, rtol=2e-3)
 
 
+def test_norms_that_are_given_are_not_computed_again():
+  tx, params = optim.adamw(lambda name: 'rest', clip=1.), {'w': jnp.arange(6.)}
+  grads = {'w': jnp.full(6, 3.)}
+  mu = lambda norms: tx.update(grads, tx.init(params), params, {'rest': TRAIN}, .1, 0., norms)[1]['rest'].mu['w']
+  np.testing.assert_array_equal(mu(tx.norms(grads)), mu(None))
+  np.testing.assert_allclose(mu({'rest': 2 * tx.norms(grads)['rest']}), mu(None) / 2, rtol=1e-5)
+
+
 def flat(params, name):
   return np.concatenate([np.ravel(x) for n, x in sorted(params[name].items())])
 

@@ -48,7 +48,6 @@ class DINOHead(nn.Module):
     """[..., E] -> [..., bottleneck_dim], the output of the MLP before its L2 norm."""
     return self.mlp_4(gelu(self.mlp_2(gelu(self.mlp_0(x)))))
 
-
   def unit(self, x):
     """[..., E] -> [..., bottleneck_dim] of length 1, never narrower than float32."""
     z = widened(self.project(x))
