@@ -5,13 +5,13 @@ import traceback
 from absl import app, flags
 from ml_collections import config_flags
 
-from unimiss_jax.cli.arguments import fail, parse
+from unimiss_jax.cli.arguments import fail, parse, shown
 
 config_flags.DEFINE_config_file('config', None, 'FILE[:preset,key=value]', lock_config=True)
 flags.DEFINE_string('workdir', None, 'Folder of the run; the same command continues it.')
 flags.DEFINE_enum('resume', 'auto', ['auto', 'strict', 'force'],
                   'auto: fall back from a damaged checkpoint; strict: refuse; force: accept another config.')
-flags.DEFINE_bool('print_config', False, 'Print the config and exit.')
+flags.DEFINE_bool('print_config', False, 'Print every leaf of the config as a flag, and exit.')
 flags.DEFINE_bool('debug', False, 'Show the traceback of a user error.')
 flags.DEFINE_string('coordinator', None, 'HOST:PORT of process 0, where no scheduler says it.')
 flags.DEFINE_integer('num_processes', None, 'How many processes there are.')
@@ -28,7 +28,7 @@ def main(argv) -> int:
   if f.config is None:
     return fail(f'missing --config. {USAGE}', 2)
   if f.print_config:
-    print(f.config)
+    print(*shown(f.config), sep='\n')
     return 0
   if not f.workdir:
     return fail(f'missing --workdir. {USAGE}', 2)

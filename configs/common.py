@@ -180,6 +180,20 @@ def image_views(scale) -> dict:
   )
 
 
+def phantom_views(views: ConfigDict) -> None:
+  """Of phantoms: small, and mild enough that two views of one are alike before anything is learned; no flips."""
+  views.ct.update(dict(
+      size=(16, 48, 48), extent='record', precrop=(0., 0.), scale=(0.7, 1.0), resize='area', flip_p=0.,
+      aug_unit='volume', noise_std=(0., 0.05), blur_sigma=(0.3, 1.0), blur_p=(0.5, 0.5), blur_unit_p=(1., 1.),
+      mul=(0.85, 1.15), mul_p=(1., 1.), add_std=0.05, add_p=(1., 1.), add_unit_p=(1., 1.),
+      contrast=(1., 1.), contrast_p=(0., 0.), gamma=(0.8, 1.25), gamma_p=(0.5, 0.5)))
+  for images in (views.xray, views.drr):
+    images.update(dict(
+        size=64, scale=(0.5, 1.0), ratio=(0.78, 1.28), flip_p=0., resize='area',
+        jitter_p=1.0, brightness=0.2, contrast=0.2, gamma=(0.7, 1.4), gamma_p=(1., 1.),
+        noise_std=(0., 0.03), blur_sigma=(0.3, 1.0), blur_p=(0.3, 0.3)))
+
+
 def parse_arg(arg: str | None, presets, **allowed) -> tuple[str, dict]:
   """'plain,drr=off' -> ('plain', {'drr': 'off'}); the preset may be left out (then the first one).
 

@@ -80,16 +80,7 @@ def phantom(c: ConfigDict) -> None:
   c.steps, c.epochs = 760, 0
   c.phases.unit = 'step'
   c.batch.ct, c.batch.xray = 8, 16
-  c.views.ct.update(dict(
-      size=(16, 48, 48), extent='record', precrop=(0., 0.), scale=(0.7, 1.0), resize='area', flip_p=0.,
-      aug_unit='volume', noise_std=(0., 0.05), blur_sigma=(0.3, 1.0), blur_p=(0.5, 0.5), blur_unit_p=(1., 1.),
-      mul=(0.85, 1.15), mul_p=(1., 1.), add_std=0.05, add_p=(1., 1.), add_unit_p=(1., 1.),
-      contrast=(1., 1.), contrast_p=(0., 0.), gamma=(0.8, 1.25), gamma_p=(0.5, 0.5)))
-  for views in (c.views.xray, c.views.drr):
-    views.update(dict(
-        size=64, scale=(0.5, 1.0), ratio=(0.78, 1.28), flip_p=0., resize='area',
-        jitter_p=1.0, brightness=0.2, contrast=0.2, gamma=(0.7, 1.4), gamma_p=(1., 1.),
-        noise_std=(0., 0.03), blur_sigma=(0.3, 1.0), blur_p=(0.3, 0.3)))
+  common.phantom_views(c.views)
   c.drr.view, c.drr.scope = 'pa', 'volume'
   c.model.update(dict(
       embed_dims=(4, 8, 32, 64, 80, 80), depths=(1, 1, 1, 1), decoder_dims=(80, 64, 32, 8, 4),

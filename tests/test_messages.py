@@ -1,5 +1,6 @@
 """A user's fault gives one clear line: what is wrong, what was found, what to do; never a traceback."""
 import re
+import shlex
 import subprocess
 import sys
 
@@ -179,10 +180,16 @@ def test_a_bad_value_exits_with_1_and_one_error_line(tmp_path):
   assert len(errors) == 1 and errors[0].startswith('ERROR views.drr.size: ') and errors[0].endswith('(64, 64)')
 
 
-def test_print_config_prints_and_ends():
-  done = subprocess.run([sys.executable, 'main.py', '--config=configs/unimiss_plus.py', '--print_config',
-                         '--config.seed=7'], cwd=ROOT, capture_output=True, text=True)
-  assert done.returncode == 0 and 'seed: 7' in done.stdout
+def test_print_config_prints_flags_that_give_the_same_config():
+  def printed(*given):
+    done = subprocess.run([sys.executable, 'main.py', '--config=configs/unimiss_plus.py', '--print_config', *given],
+                          cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+  found = printed('--config.seed=7', '--config.data.ct=/a b/*.nii', '--config.views.ct.size=(8, 32, 32)')
+  assert set(found.splitlines()) >= {'--config.seed=7', "--config.data.ct='/a b/*.nii'", "--config.data.xray=''",
+                                     "--config.views.ct.size='(8, 32, 32)'", '--config.drr.view=pa'}
+  assert printed(*shlex.split(found)) == found
 
 
 @pytest.mark.slow

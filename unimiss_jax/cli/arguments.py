@@ -1,10 +1,13 @@
 """Flags of the programs, and a one-line answer to a wrong one."""
 import difflib
+import functools
 import importlib.util
 import json
 import logging
+import operator
 import os
 import re
+import shlex
 import sys
 
 from absl import flags
@@ -121,3 +124,9 @@ def leaves(config, prefix='') -> list[str]:
   for k, v in config.items():
     out += leaves(v, f'{prefix}{k}.') if hasattr(v, 'items') else [prefix + k]
   return out
+
+
+def shown(config) -> list[str]:
+  """A line for every leaf, as it can be given to main.py again: --config.views.ct.size='(16, 96, 96)'."""
+  value = lambda name: functools.reduce(operator.getitem, name.split('.'), config)
+  return [f'--config.{name}={shlex.quote(str(value(name)))}' for name in leaves(config)]
