@@ -41,6 +41,8 @@ def get_config(arg: str | None = None) -> ConfigDict:
   if preset in ('plain', 'reference'):
     paper(c, objective, schedule)
     shares = EPOCHS
+  else:
+    phantom(c)
   if preset == 'reference':
     c.joint.inter.update(dict(axis='feature', sampler='collapse'))
     c.data.tile = 0
@@ -78,6 +80,13 @@ def paper(c: ConfigDict, objective: str, schedule: str) -> None:
   c.joint.inter.update(dict(layers=4, hidden=720, heads=8, head_dim=64, groups=8, slices=64))
   c.optim.update(dict(lr=0.15, warmup_epochs=0.1 * c.epochs))
   c.checkpoint.every, c.log.every = 1000, 50
+
+
+def phantom(c: ConfigDict) -> None:
+  """A rate and views that learn within hundreds of steps; LARC and the views of radiographs need more."""
+  common.phantom_views(c.views)
+  c.views.ct.size = (16, 64, 64)
+  c.optim.update(dict(name='adamw', lr=2e-3, weight_decay=0.04, weight_decay_end=0.04))
 
 
 def base() -> ConfigDict:
