@@ -24,6 +24,7 @@ def tiny(preset='phantom', **leaves):
   c.head.update(dict(out_dim=4, hidden_dim=16, bottleneck_dim=8))
   c.joint.update(dict(width=16, freeze_prototypes=1))
   c.joint.inter.update(dict(layers=1, hidden=16, head_dim=4))
+  c.optim.update(dict(name='larc', lr=.5, weight_decay=1e-6, weight_decay_end=1e-6))      # as plain and reference
   c.joint.update(leaves)
   validate.validate(c)
   return c

@@ -128,5 +128,6 @@ def leaves(config, prefix='') -> list[str]:
 
 def shown(config) -> list[str]:
   """A line for every leaf, as it can be given to main.py again: --config.views.ct.size='(16, 96, 96)'."""
-  value = lambda name: functools.reduce(operator.getitem, name.split('.'), config)
-  return [f'--config.{name}={shlex.quote(str(value(name)))}' for name in leaves(config)]
+  values = {name: str(functools.reduce(operator.getitem, name.split('.'), config)) for name in leaves(config)}
+  quoted = lambda text: f'"{text}"' if "'" in text and not set(text) & set('"$`!\\') else shlex.quote(text)
+  return [f'--config.{name}={quoted(text)}' for name, text in values.items()]
