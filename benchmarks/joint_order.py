@@ -6,7 +6,7 @@ Every volume holds the same slices, a spot of each of SLICES widths once; half o
 half from wide to narrow, each with slices out of their place by up to WEAVE. So neither a slice nor the mean over the
 slices tells the two classes apart. The two views of a volume differ in noise, gain and the places of the spots. The
 phases `mask` and `inter` of `configs/joint.py` train a small ResNet and the Transformer on volumes without labels
-(AdamW in place of LARC, which hardly moves in so few steps); a linear probe then learns from FIT whole volumes and is
+(AdamW, for LARC hardly moves in so few steps); a linear probe then learns from FIT whole volumes and is
 tested on TEST others. Beside the feature of the volume stands the mean of its slice embeddings, beside both the same
 network untrained. One line of JSON a seed: accuracies, chance .5, and the last losses.
 """
@@ -60,7 +60,7 @@ def config(seed: int, steps: int):
   c.views.ct.size = (SLICES, SIZE, SIZE)
   c.optim.warmup_epochs = 0.1 * steps / (RECORDS // BATCH)
   c.eval.tasks = ()
-  c.optim.update(dict(name='adamw', lr=2e-3))
+  c.optim.update(dict(name='adamw', lr=2e-3, weight_decay=1e-6, weight_decay_end=1e-6))
   validate.validate(c)
   return c.lock()
 

@@ -82,7 +82,7 @@ TERMS = {
 CLIMB = {'steps': 304, 'optim.warmup_epochs': .32, 'eval.every': 0}
 FALLEN = ('koleo', 'masked_input', 'both_in_a_step', 'distillation_by_sinkhorn', 'simdino', 'tokens_do_not_decay',
           'patches', 'small_crops')      # see docs/experiments.md
-PHANTOMS_ALONE = 'paired_window',      # gains, but stays out of preset base: crops of `plain` are thin
+PHANTOMS_ALONE = ('paired_window',)      # gains, but stays out of preset base: crops of `plain` are thin
 GRIDS = {
     'base': ladder(RELEASED, TERMS, FALLEN, common=CLIMB),
     'base_held_out': left_out(RELEASED, TERMS, FALLEN, common=CLIMB, seeds=(3, 4, 5)),

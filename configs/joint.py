@@ -83,10 +83,10 @@ def paper(c: ConfigDict, objective: str, schedule: str) -> None:
 
 
 def phantom(c: ConfigDict) -> None:
-  """Learns within hundreds of steps, as LARC, 16 images a step and the views of radiographs do not."""
+  """Intra learns within hundreds of steps: docs/experiments.md, with what was tried before."""
   c.batch.xray = 64
   common.phantom_views(c.views)
-  c.views.ct.size = (16, 64, 64)
+  c.views.ct.size = (16, 64, 64)      # slices enter the 2-D branch, which wants 64 pixels
   c.optim.update(dict(name='adamw', lr=2e-3, weight_decay=0.04, weight_decay_end=0.04))
 
 

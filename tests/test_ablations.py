@@ -12,7 +12,7 @@ from unimiss_jax.cli import sweep
 from unimiss_jax.methods import base
 
 ROWS = [(g, r) for g, grid in ablations.GRIDS.items() for r in grid['rows']]
-SEEN = (('core', 'only_2d'),)    # steps too; of the others in slow tests
+SEEN = ('core', 'only_2d'), ('schedule', 'joint')    # steps too; of the others in slow tests
 
 
 def config(grid, row):

@@ -6,12 +6,14 @@ import sys
 
 import numpy as np
 import pytest
+from ml_collections import ConfigDict
 
 from data_pipelines import sample
 from data_pipelines.errors import DataError
 from tests.conftest import ROOT
 from tests.e2e import tiny
 from unimiss_jax import train
+from unimiss_jax.cli import arguments
 from unimiss_jax.validate import DRR_LOSSES, ConfigError, check_devices, validate
 
 NO_DRR = {f'loss.{term}': 0. for term in DRR_LOSSES}
@@ -190,6 +192,13 @@ def test_print_config_prints_flags_that_give_the_same_config():
   assert set(found.splitlines()) >= {'--config.seed=7', "--config.data.ct='/a b/*.nii'", "--config.data.xray=''",
                                      "--config.views.ct.size='(8, 32, 32)'", '--config.drr.view=pa'}
   assert printed(*shlex.split(found)) == found
+
+
+def test_leaves_of_any_kind_are_printed_as_a_shell_takes_them():
+  values = {'phases': ('intra',), 'none': (), 'text': '', 'both': "it's $5", 'rate': .5, 'on': True}
+  lines = arguments.shown(ConfigDict({'a': values}))
+  assert lines[0] == '--config.a.both=\'it\'"\'"\'s $5\'' and "--config.a.phases=\"('intra',)\"" in lines
+  assert shlex.split(' '.join(lines)) == [f'--config.a.{k}={v}' for k, v in sorted(values.items())]
 
 
 @pytest.mark.slow

@@ -152,9 +152,9 @@ def by_group(group_of: Callable[[str], str], start: Callable, rule: Callable, la
     clip_mode: 'global' = one norm over all groups that train; 'per_tensor'.
     rate: group -> factor of the learning rate (and so of the decay).
 
-  `update` takes modes {group: SKIP | ZERO | TRAIN} (traceable), lr and wd scalars, and what `norms` gives where that is
-  known: it would read all gradients again. `moved` tells its norms from the state that it leaves, for a step that also
-  did so would need more memory, and time for another pass over all tensors.
+  `update` takes modes {group: SKIP | ZERO | TRAIN} (traceable), lr and wd scalars, and, where it is known, what
+  `norms` gives: to compute it again would read all gradients again. `moved` tells its norms from the state that it
+  leaves, for a step that also did so would need more memory, and time for another pass over all tensors.
   """
   def split(tree) -> dict[str, dict[str, Any]]:
     out: dict[str, dict[str, Any]] = {}

@@ -19,7 +19,7 @@ def config(preset, dtype='float32', sizes='tiny', **leaves):
   c = test_joint.tiny(preset, **leaves)
   if sizes == 'preset':
     whole = joint.get_config(preset)
-    c.model, c.head, c.joint.width = whole.model.copy_and_resolve_references(), whole.head, whole.joint.width
+    c.model, c.head, c.joint.width = whole.model, whole.head, whole.joint.width
     c.joint.inter = whole.joint.inter
   c.model.dtype = dtype
   c.steps, c.data.phantom_records, c.eval.tasks = 12, 16, ()
@@ -61,8 +61,8 @@ def stopped(folder, to, step):
 @pytest.fixture(params=[('float64', 'tiny', 1e-9, 12), ('float32', 'preset', 1e-4, 3)], ids=['float64', 'float32'])
 def precision(request):
   """dtype, sizes of the networks, relative tolerance, losses after a resume that are compared; in the threads that feed
-  a run, too. Not tiny in float32: what 16 rows are standardised over hardly differs after 8 channels, so that rounding
-  is magnified a thousandfold."""
+  a run, too. Not tiny in float32: after 8 channels the 16 rows hardly differ, and standardising them magnifies
+  rounding a thousandfold."""
   jax.config.update('jax_enable_x64', request.param[0] == 'float64')
   yield request.param
   jax.config.update('jax_enable_x64', False)

@@ -24,7 +24,7 @@ def tiny(preset='phantom', **leaves):
   c.head.update(dict(out_dim=4, hidden_dim=16, bottleneck_dim=8))
   c.joint.update(dict(width=16, freeze_prototypes=1))
   c.joint.inter.update(dict(layers=1, hidden=16, head_dim=4))
-  c.optim.update(dict(name='larc', lr=.5, weight_decay=1e-6, weight_decay_end=1e-6))      # as plain and reference
+  c.optim.update(dict(name='larc', lr=.5, weight_decay=1e-6, weight_decay_end=1e-6))      # that of plain
   c.joint.update(leaves)
   validate.validate(c)
   return c
@@ -36,6 +36,14 @@ def made(config):
 
 def shapes(config):
   return jax.eval_shape(made(config).init, jax.random.key(0))[0]
+
+
+@pytest.mark.parametrize('preset, name, lr, batch, flips', [
+    ('phantom', 'adamw', 2e-3, 64, 0.), ('swav2d', 'adamw', 2e-3, 64, 0.), ('deepcluster2d', 'adamw', 2e-3, 64, 0.),
+    ('plain', 'larc', .15, 128, .5), ('reference', 'larc', .15, 128, .5)])
+def test_phantoms_have_a_recipe_of_their_own(preset, name, lr, batch, flips):
+  c = joint.get_config(preset)
+  assert (c.optim.name, c.optim.lr, c.batch.xray, c.views.xray.flip_p) == (name, lr, batch, flips)
 
 
 def test_the_schedule_is_that_of_the_config():
