@@ -54,7 +54,7 @@ def config(seed: int, steps: int):
   c.seed, c.steps = seed, steps
   c.phases.xray = 0
   c.batch.ct = BATCH
-  c.joint.update(dict(phases=('mask', 'inter'), shares=(0.2, 0.8)))
+  c.joint.update(dict(phases=('mask', 'inter'), shares=(0.2, 0.8), rates=(), volume_queue=0))
   c.model = dict(name='resnet50', depths=(1, 1, 1, 1), width=8, in_channels=(3, 1), image_size=SIZE, dtype='float32',
                  remat='')
   c.views.ct.size = (SLICES, SIZE, SIZE)

@@ -55,6 +55,9 @@ def get_config(arg: str | None = None) -> ConfigDict:
   phases = SCHEDULES[schedule]
   total = sum(shares[p] for p in phases)
   c.joint.update(dict(objective=objective, phases=phases, shares=tuple(shares[p] / total for p in phases)))
+  if preset not in ('plain', 'reference') and 'intra' in phases and 'inter' in phases:
+    c.joint.rates = tuple(0.1 if p == 'inter' else 1. for p in phases)      # else it takes away what intra learned
+    c.joint.volume_queue = 32
   if schedule == 'baseline_2d':
     c.phases.ct = 0
   return c.lock()
