@@ -181,7 +181,7 @@ def image_views(scale) -> dict:
 
 
 def phantom_views(views: ConfigDict) -> None:
-  """Of phantoms: small, and mild enough that two views of one are alike before anything is learned; no flips."""
+  """Of phantoms: small, mild changes, no flips."""
   views.ct.update(dict(
       size=(16, 48, 48), extent='record', precrop=(0., 0.), scale=(0.7, 1.0), resize='area', flip_p=0.,
       aug_unit='volume', noise_std=(0., 0.05), blur_sigma=(0.3, 1.0), blur_p=(0.5, 0.5), blur_unit_p=(1., 1.),
