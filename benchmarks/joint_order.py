@@ -1,12 +1,13 @@
 """Whether what Joint's Transformer over slices learns shows the order of the slices.
 
-  python benchmarks/joint_order.py [--seeds=0,1,2] [--steps=240] [--out=FILE.json]
+  python benchmarks/joint_order.py [--seeds=0,1,2] [--steps=360] [--out=FILE.json]
 
 Every volume holds the same slices, a spot of each of SLICES widths once; half of the volumes go from narrow to wide,
 half from wide to narrow, each with slices out of their place by up to WEAVE. So neither a slice nor the mean over the
 slices tells the two classes apart. The two views of a volume differ in noise, gain and the places of the spots. The
 phases `mask` and `inter` of `configs/joint.py` train a small ResNet and the Transformer on volumes without labels
-(AdamW, for LARC hardly moves in so few steps); a linear probe then learns from FIT whole volumes and is
+(AdamW, for LARC hardly moves in so few steps; 16 prototypes and no dropout, else the loss of `inter` may rest for
+hundreds of steps where all codes are equally likely); a linear probe then learns from FIT whole volumes and is
 tested on TEST others. Beside the feature of the volume stands the mean of its slice embeddings, beside both the same
 network untrained. One line of JSON a seed: accuracies, chance .5, and the last losses.
 """
@@ -36,7 +37,7 @@ WEAVE = 4.       # places
 def main() -> int:
   p = argparse.ArgumentParser(description=__doc__.splitlines()[0])
   p.add_argument('--seeds', default='0,1,2')
-  p.add_argument('--steps', type=int, default=240)
+  p.add_argument('--steps', type=int, default=360)
   p.add_argument('--out', default='')
   f = p.parse_args()
   lines = []
@@ -54,7 +55,8 @@ def config(seed: int, steps: int):
   c.seed, c.steps = seed, steps
   c.phases.xray = 0
   c.batch.ct = BATCH
-  c.joint.update(dict(phases=('mask', 'inter'), shares=(0.2, 0.8), rates=(), volume_queue=0))
+  c.joint.update(dict(phases=('mask', 'inter'), shares=(0.2, 0.8), rates=(), volume_queue=0, prototypes=16))
+  c.joint.inter.dropout = 0.
   c.model = dict(name='resnet50', depths=(1, 1, 1, 1), width=8, in_channels=(3, 1), image_size=SIZE, dtype='float32',
                  remat='')
   c.views.ct.size = (SLICES, SIZE, SIZE)
