@@ -137,6 +137,8 @@ GRIDS = {
         'not_standardised': {'head.batch_standardize': False}, 'deeper': {'model.depths': (1, 2, 4, 2)},
         'wider': {'model.embed_dims': (8, 16, 64, 128, 160, 160), 'model.decoder_dims': (160, 128, 64, 16, 8)},
     }),
+    'last_stride': grid({'stride_1': {'model.last_stride': 1}}, 'stride_2', seeds=(0, 1, 2, 3, 4, 5),
+                        common=CLIMB | LARGER | {'model.last_stride': 2}),      # at smaller sizes it is 1 from the start
     'backbone': grid({      # the pilot's networks with the pilot's objective, at its sizes: slow rows
         'vit_tiny': {'config': PHANTOM + ',model=vit_tiny'},
         'mit_tiny': {'config': PILOT + ',model=mit_tiny'}, 'mit_small': {'config': PILOT},

@@ -2,6 +2,8 @@
 
 Also the few records that the picture sheets show.
 """
+import os
+from concurrent import futures
 from typing import NamedTuple
 
 import numpy as np
@@ -69,11 +71,12 @@ def _phantoms(config) -> EvalSet:
   n, both = config.eval.records, config.data.modality == 'ct'
   cts = sources.PhantomCT(config.seed, n, part='development', whole=config.drr.scope == 'volume')
   rays = sources.PhantomXray(config.seed, n, part='development')
-  rows, labels = [], {name: np.zeros(n, int) for name in phantom.FINDINGS}
-  for i in range(n):
-    rows.append((centre_ct(cts[i], config) if both else {}) | centre_xray(rays[i], config))
-    for name, value in cts.labels(i).items():
-      labels[name][i] = value
+
+  def drawn(i):
+    return (centre_ct(cts[i], config) if both else {}) | centre_xray(rays[i], config), cts.labels(i)
+  with futures.ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+    rows, found = zip(*pool.map(drawn, range(n)))
+  labels = {name: np.array([of[name] for of in found]) for name in phantom.FINDINGS}
   fit = np.arange(n) < config.eval.fit
   of = ('ct', 'xray') if both else ('xray',)
   return EvalSet(_stack(rows), dict.fromkeys(of, labels), dict.fromkeys(of, fit), both, 'phantoms')

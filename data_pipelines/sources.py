@@ -162,7 +162,7 @@ class PhantomXray:
     return {'image': image, 'index': i, 'group': i, 'name': f'phantom {index}', 'bad': False}
 
 
-@functools.lru_cache(maxsize=4)    # evaluation asks for the CT and the X-ray of a phantom in turn
+@functools.lru_cache(maxsize=16)    # evaluation asks for the CT and the X-ray of a phantom in turn, in 8 threads
 def _phantom(seed: int, index: int):
   return phantom.make(seed, index)
 
