@@ -21,6 +21,7 @@ def config(preset, dtype='float32', sizes='tiny', **leaves):
     whole = joint.get_config(preset)
     c.model, c.head, c.joint.width = whole.model, whole.head, whole.joint.width
     c.joint.inter = whole.joint.inter
+    c.joint.inter.dropout = .1      # the preset has none
   c.model.dtype = dtype
   c.steps, c.data.phantom_records, c.eval.tasks = 12, 16, ()
   c.batch.ct = c.batch.xray = 8

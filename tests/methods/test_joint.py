@@ -22,8 +22,8 @@ def tiny(preset='phantom', **leaves):
                       decoder_heads=(1, 1, 1)))
   c.batch.update(dict(ct=4, xray=4))
   c.head.update(dict(out_dim=4, hidden_dim=16, bottleneck_dim=8))
-  c.joint.update(dict(width=16, freeze_prototypes=1, volume_queue=0, rates=()))
-  c.joint.inter.update(dict(layers=1, hidden=16, head_dim=4))
+  c.joint.update(dict(width=16, freeze_prototypes=1, prototypes=4, volume_queue=0, rates=()))
+  c.joint.inter.update(dict(layers=1, hidden=16, head_dim=4, dropout=.1))
   c.optim.update(dict(name='larc', lr=.5, weight_decay=1e-6, weight_decay_end=1e-6))      # that of plain
   c.joint.update(leaves)
   validate.validate(c)
