@@ -58,7 +58,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
   if preset not in ('plain', 'reference') and 'intra' in phases and 'inter' in phases:
     c.joint.rates = tuple(0.1 if p == 'inter' else 1. for p in phases)      # else it takes away what intra learned
     c.joint.update(dict(volume_queue=32, prototypes=16))      # tried together with those rates
-    c.joint.inter.dropout = 0.      # else the loss of inter rests at that of equal codes: docs/experiments.md
+    c.joint.inter.dropout = 0.      # else the loss of inter may rest at that of equal codes: docs/experiments.md
   if schedule == 'baseline_2d':
     c.phases.ct = 0
   return c.lock()
