@@ -132,7 +132,6 @@ GRIDS = {
     }),
     'trunk': grid({
         'no_residual': {'model.conv_residual': False},
-        'larger': LARGER, 'stride_2_last': LARGER | {'model.last_stride': 2},
         'no_final_norm': {'model.final_norm': False}, 'released_init': {'model.init': 'released'},
         'not_standardised': {'head.batch_standardize': False}, 'deeper': {'model.depths': (1, 2, 4, 2)},
         'wider': {'model.embed_dims': (8, 16, 64, 128, 160, 160), 'model.decoder_dims': (160, 128, 64, 16, 8)},

@@ -6,8 +6,8 @@
 
 presets
   phantom   the losses of the pilot on embedded phantoms, minutes on a CPU: shows that the machine runs. Nothing is
-            learned: after 200 steps kNN is where it began and the embeddings have nearly collapsed (RankMe 1.4). With InfoNCE
-            beside it kNN rises, while the distillation still collapses: docs/experiments.md.
+            learned: after 200 steps kNN is where it began and the embeddings have nearly collapsed (RankMe 1.4).
+            With InfoNCE beside it kNN rises, while the distillation still collapses: docs/experiments.md.
   reference what the released code of UniMiSS computes, defects included, to compare against it.
   plain     the losses, schedule and augmentation of the released code with its defects mended; made for accelerators.
 arguments
